@@ -1,0 +1,61 @@
+"""Clear errors for bad input, raised at the first place that can know."""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_number(name: str, value: Any, interval: str) -> None:
+    """Raises unless a hyperparameter is a real number in an interval, written as in "[0, 1)".
+
+    Arrays of jax and tracers pass unseen, as their values may not be known yet (`optax.inject_hyperparams` makes
+    every number one of them).
+    """
+    if isinstance(value, jax.Array):
+        return
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number in {interval}, got {value!r}.")
+    low, high = map(float, interval[1:-1].split(","))
+    inside_low = value >= low if interval[0] == "[" else value > low
+    inside_high = value <= high if interval[-1] == "]" else value < high
+    if not (inside_low and inside_high):
+        raise ValueError(f"{name} must be in {interval}, got {value}.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises TypeError unless a switch is a Python bool: a traced one cannot choose what to compile."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_float_leaves(transformation: str, name: str, tree: Any) -> None:
+    """Raises TypeError unless every leaf of params or updates is of a floating dtype that Optax computes in."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        dtype = jnp.result_type(leaf)
+        if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+            raise TypeError(
+                f"{transformation} needs {name} in float32, bfloat16, float16 or float64, got {dtype} at "
+                f"{name}{jax.tree_util.keystr(path)}: cast it, or leave it out with optax.masked or optax.partition."
+            )
+
+
+def check_same_tree(transformation: str, updates: Any, params: Any) -> None:
+    """Raises ValueError unless params are there, in the tree structure and the shapes of the updates."""
+    if params is None:
+        raise ValueError(f"{transformation} needs the parameters: call update(updates, state, params).")
+    if jax.tree.structure(params) != jax.tree.structure(updates):
+        raise ValueError(
+            f"{transformation} needs updates and params of one tree structure, got updates "
+            f"{jax.tree.structure(updates)} and params {jax.tree.structure(params)}."
+        )
+    for (path, param), update in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(updates)):
+        if jnp.shape(update) != jnp.shape(param):
+            raise ValueError(
+                f"{transformation} needs updates of the shapes of the params, got {jnp.shape(update)} for the "
+                f"param of shape {jnp.shape(param)} at params{jax.tree_util.keystr(path)}."
+            )

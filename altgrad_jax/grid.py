@@ -1,0 +1,217 @@
+"""Where a real number lies among the numbers of a format.
+
+The numbers of a format are counted from 0: the k-th positive one has index k, its negative -k. The chart `position`
+continues the index linearly between neighbours, `value` is its inverse, and `spacing` is the slope of `value`: the
+stiffness of the grid, one ULP.
+
+Everything is exact: powers of two are made of exponent bits, as XLA's `log2` and `exp2` are inexact next to powers of
+two. What is below the smallest normal number of the dtype that computes (float32; float64 for float64 input) counts
+as zero, as XLA flushes it: it matters for the formats bfloat16 and float32 alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from altgrad_jax.formats import FloatFormat, as_format
+
+
+def spacing(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
+    """Gap between neighbouring numbers of a format at x, away from zero: one ULP, the stiffness of the grid.
+
+    Agrees with `abs(numpy.spacing(x))` for the formats that numpy has.
+
+    Args:
+        x: Real numbers. Shape `[...]`, any floating dtype.
+        format: Anything that `as_format` accepts.
+
+    Returns:
+        Powers of two, float32 (float64 for float64 x), shape `[...]`. At 0 the smallest positive value, beyond the
+        largest value the gap of the top binade, NaN for NaN; never below 2**-126 (float64: 2**-1022).
+
+    Raises:
+        TypeError: If x is not floating.
+        ValueError: If there is no such format.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp
+        >>> ag.spacing(jnp.array([0.0, 1.0, -1.9, 2.0, 1e9]), "float8_e4m3fn")
+        Array([1.953125e-03, 1.250000e-01, 1.250000e-01, 2.500000e-01,
+               3.200000e+01], dtype=float32)
+    """
+    x, format = as_real(x), as_format(format)
+    return ulp(x, format)
+
+
+def position(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
+    """Places real numbers on the index line of a format.
+
+    Args:
+        x: Real numbers. Shape `[...]`, any floating dtype.
+        format: Anything that `as_format` accepts.
+
+    Returns:
+        Signed fractional index, float32 (float64 for float64 x), shape `[...]`: an integer where x is a number of
+        the format, linear between neighbours, +-max_index beyond the largest value, NaN for NaN. The exact
+        quotient, rounded once.
+
+    Raises:
+        TypeError: If x is not floating.
+        ValueError: If there is no such format.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp
+        >>> ag.position(jnp.array([0.0, 1.0, 1.125, -1.03125, 448.0, jnp.inf]), "float8_e4m3fn")
+        Array([  0.  ,  56.  ,  57.  , -56.25, 126.  , 126.  ], dtype=float32)
+    """
+    x, format = as_real(x), as_format(format)
+    steps, base = steps_and_base(x, format)
+    return jnp.copysign(base.astype(x.dtype) + steps, x)
+
+
+def value(position: jax.typing.ArrayLike, format: Any) -> jax.Array:
+    """The real number at a position of the index line: the inverse of `position`.
+
+    Args:
+        position: Signed fractional index. Shape `[...]`, any floating dtype.
+        format: Anything that `as_format` accepts.
+
+    Returns:
+        Real numbers, float32 (float64 for a float64 position), shape `[...]`: numbers of the format at integers,
+        linear between them, +-max beyond +-max_index, NaN for NaN. Exact.
+
+    Raises:
+        TypeError: If the position is not floating.
+        ValueError: If there is no such format.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp
+        >>> ag.value(jnp.array([0.0, 1.0, 56.0, -56.25, 200.0]), "float8_e4m3fn")
+        Array([ 0.000000e+00,  1.953125e-03,  1.000000e+00, -1.031250e+00,
+                4.480000e+02], dtype=float32)
+    """
+    position, format = as_real(position), as_format(format)
+    magnitude = jnp.minimum(jnp.abs(position), format.max_index)
+    whole = jnp.floor(magnitude)
+    index = jnp.minimum(as_integer(whole), format.max_index)  # float32 rounds its own max_index up.
+    return jnp.copysign(magnitude_at(index, magnitude - whole, format), position)
+
+
+def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: Any) -> jax.Array:
+    """The next number of a format after x in the direction of another one.
+
+    Agrees with `numpy.nextafter` for the formats that numpy has, but for staying at the largest value.
+
+    Args:
+        x: Real numbers. Shape `[...]`, any floating dtype; they need not be numbers of the format.
+        toward: Real numbers that broadcast against x.
+        format: Anything that `as_format` accepts.
+
+    Returns:
+        Numbers of the format, float32 (float64 for float64 x), of the broadcast shape: the smallest one above x
+        where `toward` is above x, the largest one below x where it is below, +-max where there is none; `toward`
+        where it equals x; NaN where either is NaN.
+
+    Raises:
+        TypeError: If x or toward is not floating.
+        ValueError: If there is no such format.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp
+        >>> ag.nextafter(jnp.array([1.0, 1.0, 1.1, 0.0, 448.0]), jnp.array([2.0, 0.0, 2.0, -1.0, 1e9]), "float8_e4m3fn")
+        Array([ 1.125000e+00,  9.375000e-01,  1.125000e+00, -1.953125e-03,
+                4.480000e+02], dtype=float32)
+    """
+    x, toward, format = as_real(x), as_real(toward), as_format(format)
+    x, toward = jnp.broadcast_arrays(x, toward)
+    away = jnp.where(x == 0, toward != 0, (toward > x) == (x > 0))
+    steps, base = steps_and_base(x, format)
+    # The first number away from 0 that XLA does not flush; 1 for all formats but bfloat16 and float32.
+    first = 2 ** max(jnp.finfo(x.dtype).minexp - (format.minexp - format.mantissa_bits), 0)
+    inwards = base + as_integer(jnp.ceil(steps)) - 1 + (jnp.abs(x) > format.max)
+    outwards = base + as_integer(jnp.floor(steps)) + 1
+    index = jnp.where(away, jnp.clip(outwards, first, format.max_index), jnp.maximum(inwards, 0))
+    result = jnp.copysign(magnitude_at(index, jnp.zeros_like(x), format), jnp.where(x == 0, toward, x))
+    return jnp.where(toward == x, toward, jnp.where(jnp.isnan(x) | jnp.isnan(toward), jnp.nan, result))
+
+
+def ulp(x: jax.Array, format: FloatFormat) -> jax.Array:
+    """`spacing`, for float32 or float64 x."""
+    exponent = jnp.maximum(ulp_exponent(x, format), jnp.finfo(x.dtype).minexp)
+    return jnp.where(jnp.isnan(x), x, power_of_two(exponent, x.dtype))
+
+
+def ulp_exponent(x: jax.Array, format: FloatFormat) -> jax.Array:
+    """log2 of the spacing at x, int32, also where the spacing itself is below the normal numbers of x's dtype."""
+    return _binade(x, format) - format.mantissa_bits
+
+
+def steps_and_base(x: jax.Array, format: FloatFormat) -> tuple[jax.Array, jax.Array]:
+    """Splits |position|, which float32 cannot hold exactly, into two parts that are exact.
+
+    Args:
+        x: Real numbers, float32 or float64; their magnitude saturates at the largest value.
+        format: The format whose grid is meant.
+
+    Returns:
+        Steps, x's dtype: |x| / spacing(x), NaN for NaN; and base, int32: the index to add to them, a multiple of
+        2**mantissa_bits.
+    """
+    binade = _binade(x, format)
+    steps = ldexp(jnp.minimum(jnp.abs(x), format.max), format.mantissa_bits - binade)
+    return steps, (binade - format.minexp) << format.mantissa_bits
+
+
+def magnitude_at(index: jax.Array, fraction: jax.Array, format: FloatFormat) -> jax.Array:
+    """The number `index + fraction` steps above zero; index int32 in [0, max_index], fraction in [0, 1)."""
+    binade = jnp.maximum(index >> format.mantissa_bits, 1) - 1
+    steps = (index - (binade << format.mantissa_bits)).astype(fraction.dtype) + fraction
+    return ldexp(steps, binade + (format.minexp - format.mantissa_bits))
+
+
+def floor_log2(x: jax.Array) -> jax.Array:
+    """Exponent of the binade of |x|, int32, exact; one below the lowest where |x| is subnormal or 0."""
+    info = jnp.finfo(x.dtype)
+    field = (lax.bitcast_convert_type(x, _INTEGERS[info.bits]) >> info.nmant) & (2**info.nexp - 1)
+    return field.astype(jnp.int32) + (info.minexp - 1)
+
+
+def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """2**exponent, exact; the exponent must be that of a normal number of the dtype."""
+    info = jnp.finfo(dtype)
+    field = (exponent - (info.minexp - 1)).astype(_INTEGERS[info.bits])
+    return lax.bitcast_convert_type(field << info.nmant, dtype)
+
+
+def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x * 2**exponent, exact, 0 instead of a subnormal number; NaN and infinities stay. It must not overflow."""
+    # Not jnp.ldexp, which multiplies by `2 ** exponent` before jax 0.11: pow is inexact.
+    info = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(x, _INTEGERS[info.bits])
+    scaled = lax.bitcast_convert_type(bits + (exponent.astype(bits.dtype) << info.nmant), x.dtype)
+    before = floor_log2(x)
+    normal = jnp.minimum(before, before + exponent) >= info.minexp
+    return jnp.where(jnp.isfinite(x), jnp.where(normal, scaled, 0), x)
+
+
+def as_real(x: jax.typing.ArrayLike) -> jax.Array:
+    """Casts to the dtype that computes, float32 or float64, without rounding."""
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"expected real numbers of a floating dtype, got {dtype}: cast them, as with x.astype('float32').")
+    return jnp.asarray(x, jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def as_integer(x: jax.Array) -> jax.Array:
+    """Casts integral numbers to int32; NaN, whose cast is undefined, to 0."""
+    return jnp.where(jnp.isnan(x), 0, x).astype(jnp.int32)
+
+
+_INTEGERS = {32: jnp.int32, 64: jnp.int64}
+
+
+def _binade(x: jax.Array, format: FloatFormat) -> jax.Array:
+    """Exponent of the binade in which |x| lies, after saturation; the subnormal numbers share the lowest."""
+    return jnp.maximum(jnp.minimum(floor_log2(x), format.maxexp - 1), format.minexp)

@@ -1,0 +1,87 @@
+"""Named chains."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from altgrad_jax._checks import check_bool, check_number
+from altgrad_jax.stiffness import stiffness_precondition, track_ulp_position
+
+
+def manifold_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    *,
+    manifold_aware: bool = True,
+    mantissa_bits: int | None = None,
+    format: Any = None,
+    max_stiffness: float = 1e6,
+    zero_stiffness: float | None = None,
+    mu_dtype: Any = None,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW on gradients scaled by the stiffness of the grid, with a count of the ULPs moved: AltGrad's ManifoldAdamW.
+
+    The chain `stiffness_precondition -> optax.scale_by_adam -> optax.add_decayed_weights ->
+    optax.scale_by_learning_rate -> track_ulp_position`, and nothing else.
+
+    Adam divides out any constant factor of a gradient: while no weight crosses a power of two this is AdamW with the
+    eps of each weight divided by its stiffness. See the README for what was measured.
+
+    Args:
+        learning_rate: A number >= 0 or a schedule.
+        b1: Decay rate of the first moment, in [0, 1).
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the root of the second moment, >= 0. float16 parameters need 1e-4 or more: in float16 the
+            default is 0, and Optax's Adam divides by it.
+        weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
+        manifold_aware: False turns the stiffness off, for comparisons: plain AdamW, with the same tracker. The
+            arguments of the stiffness are then checked, and unused.
+        mantissa_bits: As in `stiffness_precondition`: mantissa bits of the unbounded grid. Default: 2.
+        format: As in `stiffness_precondition` and `track_ulp_position`: the grid of both. Default: the unbounded
+            grid for the stiffness, the parameters' own dtype for the tracker.
+        max_stiffness: As in `stiffness_precondition`.
+        zero_stiffness: As in `stiffness_precondition`. Default: 1.
+        mu_dtype: Dtype of the first moment. Default: that of the parameters.
+        mask: Which leaves decay, as in `optax.adamw`: a tree of booleans or a function from parameters to one.
+
+    Returns:
+        A transformation whose update needs the parameters; `optax.tree.get(state, "ulp_position")` finds the count.
+
+    Raises:
+        ValueError: If a number is out of bounds, or `format` comes with an argument that it excludes.
+        TypeError: If an argument is of the wrong type, or parameters are of an unsupported dtype.
+
+    References:
+        The AltGrad project, ManifoldAdamW. Loshchilov, Hutter (2019), Decoupled Weight Decay Regularization,
+        arXiv 1711.05101.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp, optax
+        >>> tx = ag.manifold_adamw(0.01, mantissa_bits=3)
+        >>> params = {"w": jnp.array([1.0, -0.3])}
+        >>> updates, state = tx.update({"w": jnp.array([0.2, -0.1])}, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)
+        {'w': Array([ 0.98990005, -0.2899701 ], dtype=float32)}
+    """
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, "[0, inf)")
+    check_number("b1", b1, "[0, 1)")
+    check_number("b2", b2, "[0, 1)")
+    check_number("eps", eps, "[0, inf)")
+    check_number("weight_decay", weight_decay, "[0, inf)")
+    check_bool("manifold_aware", manifold_aware)
+    precondition = stiffness_precondition(
+        mantissa_bits, format=format, max_stiffness=max_stiffness, zero_stiffness=zero_stiffness
+    )
+    return optax.chain(
+        precondition if manifold_aware else optax.identity(),
+        optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+        track_ulp_position(format),
+    )

@@ -1,0 +1,204 @@
+"""The stiffness of the grid in an optimizer: gradients scaled by it, movements measured in it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
+from altgrad_jax.formats import FloatFormat, as_format, own_format
+from altgrad_jax.grid import as_real, floor_log2, power_of_two, ulp, ulp_exponent
+from altgrad_jax.rounding import round_nearest
+
+
+def stiffness_precondition(
+    mantissa_bits: int | None = None,
+    *,
+    format: Any = None,
+    max_stiffness: float = 1e6,
+    zero_stiffness: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by the stiffness of the grid at each parameter.
+
+    The stiffness is the derivative of the value with respect to the position on the grid, so the product is, by the
+    chain rule, the gradient with respect to the position. Without a `format` it is that of an unbounded
+    floating-point grid, `2 ** (floor(log2(abs(w))) - mantissa_bits)`; with one it is `spacing(w, format)`.
+
+    Needs the parameters. Belongs before `optax.scale_by_adam`, where the reference has it, or after it. Before it,
+    Adam divides the stiffness out again, up to its eps and to the weights that cross a power of two; after it, every
+    weight moves by a number of ULPs that does not depend on its size.
+
+    Args:
+        mantissa_bits: Mantissa bits of the unbounded grid, an integer in [0, 23]. Default: 2. Excludes `format`.
+        format: Anything that `as_format` accepts: the grid whose spacing is meant.
+        max_stiffness: Upper bound of the stiffness, in (0, inf].
+        zero_stiffness: Stiffness of the unbounded grid where a parameter is 0, in [0, inf). Default: 1. Excludes
+            `format`, under which the stiffness at 0 is the smallest positive value.
+
+    Returns:
+        A transformation without a state. Its update keeps the dtype of the incoming updates and forms the product in
+        float32 (float64 for float64 parameters). With a format it takes the extra argument `grid_scale`: a tree like
+        the parameters of arrays that broadcast against them, in real units per unit of the format, where the grid is
+        scaled; `spacing(w, format)` then becomes `grid_scale * spacing(w / grid_scale, format)`.
+
+    Raises:
+        ValueError: If an argument is out of bounds, `format` comes with an argument that it excludes, or an update
+            has no parameters or parameters of another tree structure or shape.
+        TypeError: If parameters are of a dtype other than float32, bfloat16, float16 and float64.
+
+    References:
+        The AltGrad project, ManifoldAdamW.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp, optax
+        >>> tx = optax.chain(ag.stiffness_precondition(3), optax.scale_by_adam(), optax.scale_by_learning_rate(0.1))
+        >>> params = jnp.array([1.0, -5.0, 0.0])
+        >>> ag.stiffness_precondition(3).update(jnp.ones(3), optax.EmptyState(), params)[0]
+        Array([0.125, 0.5  , 1.   ], dtype=float32)
+    """
+    check_number("max_stiffness", max_stiffness, "(0, inf]")
+    if format is None:
+        mantissa_bits = 2 if mantissa_bits is None else mantissa_bits
+        zero_stiffness = 1.0 if zero_stiffness is None else zero_stiffness
+        check_number("mantissa_bits", mantissa_bits, "[0, 23]")
+        check_number("zero_stiffness", zero_stiffness, "[0, inf)")
+    else:
+        format = as_format(format)
+        for name, argument in (("mantissa_bits", mantissa_bits), ("zero_stiffness", zero_stiffness)):
+            if argument is not None:
+                raise ValueError(f"{name} is of the unbounded grid and excludes a format, got both: leave out one.")
+
+    def init(params):
+        check_float_leaves("stiffness_precondition", "params", params)
+        return optax.EmptyState()
+
+    def update(updates, state, params=None, *, grid_scale=None, **extra_args):
+        del extra_args  # Those of other transformations of the chain.
+        grid_scale = _check_update("stiffness_precondition", updates, params, grid_scale)
+
+        def leaf(g, w, scale):
+            if format is None:  # The unbounded grid scaled by a power of two is itself.
+                return stiffened(g, w, mantissa_bits, zero_stiffness, max_stiffness)
+            stiffness = jnp.minimum(scaled_ulp(as_real(w), format, scale), max_stiffness)
+            return (g * stiffness).astype(jnp.result_type(g))
+
+        return jax.tree.map(leaf, updates, params, grid_scale), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class UlpPositionState(NamedTuple):
+    """State of `track_ulp_position`."""
+
+    ulp_position: optax.Params  # float32, shapes of the parameters.
+
+
+def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraArgs:
+    """Counts the ULPs by which every parameter has moved, signed, since init; passes updates through.
+
+    Adds `(w_after - w_before) / spacing(w_before)` at each step, where `w_after` is the parameter as
+    `optax.apply_updates` will store it, rounded to its dtype. Where `w_before` is 0, or its spacing below 2**-126
+    (which XLA flushes), the largest of the spacings before and after and 2**-126 divides instead.
+
+    Needs the parameters. Belongs at the end of a chain, after the learning rate, as it must see the final update.
+
+    Args:
+        format: Anything that `as_format` accepts: the grid whose ULPs are counted. Default: each parameter's own
+            dtype.
+
+    Returns:
+        A transformation with a `UlpPositionState`. Positions are finite for finite parameters and saturate at the
+        largest float32; integral moves add up exactly while they stay within 2**24. With a format it takes the extra
+        argument `grid_scale` of `stiffness_precondition`.
+
+    Raises:
+        ValueError: If there is no such format, or an update has no parameters or parameters of another tree
+            structure or shape.
+        TypeError: If parameters are of a dtype other than float32, bfloat16, float16 and float64.
+
+    References:
+        The AltGrad project, the `bit_position` of ManifoldAdamW. Its ULP is half of this one at negative powers of
+        two, and its position becomes infinite after any move from 0.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp, optax
+        >>> tx = optax.chain(optax.sgd(1.0), ag.track_ulp_position("float8_e4m3fn"))
+        >>> params = jnp.array([1.0, -4.0, 0.0])
+        >>> updates, state = tx.update(jnp.array([-0.25, -0.25, 0.5]), tx.init(params), params)
+        >>> optax.tree.get(state, "ulp_position")
+        Array([ 2. ,  0.5, -8. ], dtype=float32)
+    """
+    format = None if format is None else as_format(format)
+
+    def init(params):
+        check_float_leaves("track_ulp_position", "params", params)
+        return UlpPositionState(optax.tree.zeros_like(params, dtype=jnp.float32))
+
+    def update(updates, state, params=None, *, grid_scale=None, **extra_args):
+        del extra_args  # Those of other transformations of the chain.
+        grid_scale = _check_update("track_ulp_position", updates, params, grid_scale)
+
+        def leaf(position, u, w, scale):
+            if format is None:
+                return _saturate(position + ulps_moved(w, u, own_format(jnp.result_type(w))))
+            return _saturate(position + ulps_moved(w, u, format, scale))
+
+        return updates, UlpPositionState(jax.tree.map(leaf, state.ulp_position, updates, params, grid_scale))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stiffened(
+    g: jax.Array,
+    w: jax.Array,
+    mantissa_bits: jax.typing.ArrayLike,
+    zero_stiffness: jax.typing.ArrayLike,
+    max_stiffness: jax.typing.ArrayLike,
+) -> jax.Array:
+    """g * min(2 ** (floor(log2(abs(w))) - mantissa_bits), max_stiffness), in the dtype of g."""
+    w = as_real(w)
+    lowest = jnp.finfo(w.dtype).minexp
+    exponent = floor_log2(w) - jnp.asarray(mantissa_bits).astype(jnp.int32)
+    zero = floor_log2(w) < lowest
+    stiffness = jnp.where(zero, zero_stiffness, power_of_two(jnp.maximum(exponent, lowest), w.dtype))
+    # XLA flushes a stiffness below 2**-126, but its product with a large gradient is a normal number.
+    rest = jnp.where(zero, 1, power_of_two(jnp.minimum(exponent - lowest, 0), w.dtype))
+    return (g * jnp.minimum(stiffness, max_stiffness).astype(w.dtype) * rest).astype(jnp.result_type(g))
+
+
+def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
+    """Signed ULPs of a scaled format, float32, by which an update moves w as it will be stored; always finite."""
+    own = own_format(jnp.result_type(w))
+    before, update = as_real(w), as_real(update)
+    after = before + update
+    if own.bits < 32:  # Arithmetically, as XLA may remove a cast to a small dtype and back.
+        after = round_nearest(after, own)
+    after = after.astype(before.dtype)
+    flushed = (before == 0) | (ulp_exponent(before / scale, format) < jnp.finfo(before.dtype).minexp)
+    ulp_before, ulp_after = scaled_ulp(before, format, scale), scaled_ulp(after, format, scale)
+    ulps = (after - before) / jnp.where(flushed, jnp.maximum(ulp_before, ulp_after), ulp_before)
+    return _saturate(ulps).astype(jnp.float32)
+
+
+def scaled_ulp(w: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike) -> jax.Array:
+    """Spacing at w of a format whose numbers are multiplied by a scale; never below the smallest normal number."""
+    return jnp.maximum(scale * ulp(w / scale, format), jnp.finfo(w.dtype).tiny).astype(w.dtype)
+
+
+def _saturate(ulps: jax.Array) -> jax.Array:
+    return jnp.clip(ulps, -jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).max)
+
+
+def _check_update(transformation: str, updates: Any, params: Any, grid_scale: Any) -> Any:
+    """Returns the scale of every leaf, 1 by default; raises unless the three trees go together."""
+    check_same_tree(transformation, updates, params)
+    check_float_leaves(transformation, "updates", updates)
+    if grid_scale is None:
+        return jax.tree.map(lambda w: 1.0, params)
+    if jax.tree.structure(grid_scale) != jax.tree.structure(params):
+        raise ValueError(
+            f"grid_scale must have the tree structure of the params, {jax.tree.structure(params)}, "
+            f"got {jax.tree.structure(grid_scale)}."
+        )
+    return grid_scale
