@@ -21,7 +21,7 @@ from altgrad_jax.formats import FloatFormat, as_format
 def spacing(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
     """Gap between neighbouring numbers of a format at x, away from zero: one ULP, the stiffness of the grid.
 
-    Agrees with `abs(numpy.spacing(x))` for the formats that numpy has.
+    Agrees with `numpy.spacing(abs(x))` for the formats that numpy has.
 
     Args:
         x: Real numbers. Shape `[...]`, any floating dtype.

@@ -1,0 +1,6 @@
+"""Two CPU devices, so that sharded and unsharded results can be compared; a fixture for every format."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
