@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check_number(name: str, value: Any, interval: str) -> None:
+def check_number(name: str, value: Any, interval: str, *, integer: bool = False) -> None:
     """Raises unless a hyperparameter is a real number in an interval, written as in "[0, 1)".
 
     Arrays of jax and tracers pass unseen, as their values may not be known yet (`optax.inject_hyperparams` makes
@@ -25,6 +25,8 @@ def check_number(name: str, value: Any, interval: str) -> None:
     inside_high = value <= high if interval[-1] == "]" else value < high
     if not (inside_low and inside_high):
         raise ValueError(f"{name} must be in {interval}, got {value}.")
+    if integer and value != int(value):
+        raise ValueError(f"{name} must be an integer, got {value}.")
 
 
 def check_bool(name: str, value: Any) -> None:

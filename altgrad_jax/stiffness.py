@@ -61,7 +61,7 @@ def stiffness_precondition(
     if format is None:
         mantissa_bits = 2 if mantissa_bits is None else mantissa_bits
         zero_stiffness = 1.0 if zero_stiffness is None else zero_stiffness
-        check_number("mantissa_bits", mantissa_bits, "[0, 23]")
+        check_number("mantissa_bits", mantissa_bits, "[0, 23]", integer=True)
         check_number("zero_stiffness", zero_stiffness, "[0, inf)")
     else:
         format = as_format(format)

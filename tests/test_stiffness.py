@@ -186,7 +186,7 @@ class TestTrackUlpPosition:
         np.testing.assert_array_equal(state.ulp_position, [huge, -huge])
 
     def test_with_a_scale_counts_steps_of_the_scaled_grid(self):
-        w, scale = jnp.array([[1.0], [1.0]]), jnp.array([[2.0**-9], [64.0]])
+        w, scale = jnp.array([[1.0], [1.0]]), jnp.array([[2.0**-8], [64.0]])
         u = jnp.full((2, 1), 0.125)
         np.testing.assert_array_equal(positions(w, u, "float8_e4m3fn", grid_scale=scale), [[1.0], [1.0]])
         small = jnp.full((2, 1), 0.01)

@@ -1,0 +1,48 @@
+"""Bytes moved by the programs that XLA compiles for a TPU v5e: deterministic, and no TPU needed."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = pathlib.Path(__file__).parent / "benchmarks" / "tpu_bytes.py"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu` (Linux)")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    # In a process of its own, as libtpu and the CPU backend of the other tests do not share one.
+    environment = os.environ | {"XLA_FLAGS": ""}
+    run = subprocess.run([sys.executable, PROGRAM, "--json"], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+class TestOneMatrix:
+    """A whole step on a 4096 x 4096 matrix is one kernel that reads and writes everything once."""
+
+    def test_adamw_is_the_yardstick(self, costs):
+        assert costs["one matrix"]["optax.adamw"] == {"bytes": pytest.approx(28, abs=0.1), "kernels": 1}
+
+    @pytest.mark.parametrize("name", ["manifold_adamw", "manifold_adamw(format)"])
+    def test_manifold_adamw(self, costs, name):
+        assert costs["one matrix"][name]["bytes"] <= 36.1
+        assert costs["one matrix"][name]["kernels"] == 1
+
+    def test_without_the_tracker(self, costs):
+        assert costs["one matrix"]["without the tracker"]["bytes"] <= 28.1
+        assert costs["one matrix"]["without the tracker"]["kernels"] == 1
+
+
+class TestFortyLeaves:
+    """A tree of 40 leaves is one kernel per leaf, and the tracker's 8 bytes more than AdamW."""
+
+    def test_manifold_adamw(self, costs):
+        tree = costs["40 leaves"]
+        assert tree["manifold_adamw"]["kernels"] == tree["optax.adamw"]["kernels"] == 40
+        assert tree["manifold_adamw"]["bytes"] <= tree["optax.adamw"]["bytes"] + 8.1

@@ -1,0 +1,50 @@
+"""The floors: a module imports lower floors alone, and the library needs jax, optax and numpy alone."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import altgrad_jax
+
+PACKAGE = pathlib.Path(altgrad_jax.__file__).parent
+FLOORS = {"_checks": 0, "formats": 0, "grid": 1, "rounding": 2, "stiffness": 4, "optimizers": 5}
+EXTERNAL = {"jax", "numpy", "optax"}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_lower_floors_alone(module):
+    for name in imported(PACKAGE / f"{module}.py"):
+        first, *rest = name.split(".")
+        if first == "altgrad_jax":
+            assert FLOORS[rest[0]] < FLOORS[module], f"{module} imports {name}"
+        else:
+            assert first in EXTERNAL | set(sys.stdlib_module_names), f"{module} imports {name}"
+
+
+def test_importing_the_library_imports_nothing_optional():
+    code = "import sys, altgrad_jax; print(*{'flax', 'chex', 'orbax', 'matplotlib'} & set(sys.modules))"
+    # Optax itself imports chex on some versions; ours is what the source says, above.
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not set(loaded) & {"flax", "orbax", "matplotlib"}
+
+
+def test_every_public_name_is_documented():
+    for name in altgrad_jax.__all__:
+        assert getattr(altgrad_jax, name).__doc__, name
