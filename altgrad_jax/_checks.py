@@ -55,7 +55,8 @@ def check_same_tree(transformation: str, updates: Any, params: Any) -> None:
             f"{transformation} needs updates and params of one tree structure, got updates "
             f"{jax.tree.structure(updates)} and params {jax.tree.structure(params)}."
         )
-    for (path, param), update in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(updates)):
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, param), update in zip(paths, jax.tree.leaves(updates), strict=True):
         if jnp.shape(update) != jnp.shape(param):
             raise ValueError(
                 f"{transformation} needs updates of the shapes of the params, got {jnp.shape(update)} for the "

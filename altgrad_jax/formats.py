@@ -45,8 +45,7 @@ class FloatFormat:
     def __post_init__(self):
         if not (self.exponent_bits >= 0 and self.mantissa_bits >= 0):
             raise ValueError(
-                "exponent_bits and mantissa_bits must be >= 0, "
-                f"got {self.exponent_bits} and {self.mantissa_bits}."
+                f"exponent_bits and mantissa_bits must be >= 0, got {self.exponent_bits} and {self.mantissa_bits}."
             )
         if not (0 < self.max < math.inf and self.minexp - self.mantissa_bits >= -1074 and self.minexp <= 1023):
             raise ValueError(f"every value of a format must be a positive, finite float64, got {self}.")
@@ -169,7 +168,7 @@ def as_format(spec: Any) -> FloatFormat:
     """
     if isinstance(spec, FloatFormat):
         if not (spec.minexp >= -126 and spec.maxexp <= 128 and spec.mantissa_bits <= 23):
-            raise ValueError(f"format must have no more range and precision than float32, which computes with it, got {spec}.")
+            raise ValueError(f"format must have no more range and precision than float32, got {spec}.")
         return spec
     name = spec if isinstance(spec, str) else _dtype_name(spec)
     known = _DTYPE_FORMATS | _ALTGRAD_FORMATS

@@ -200,7 +200,7 @@ def as_real(x: jax.typing.ArrayLike) -> jax.Array:
     """Casts to the dtype that computes, float32 or float64, without rounding."""
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"expected real numbers of a floating dtype, got {dtype}: cast them, as with x.astype('float32').")
+        raise TypeError(f"expected numbers of a floating dtype, got {dtype}: cast them, as with x.astype('float32').")
     return jnp.asarray(x, jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 

@@ -155,7 +155,7 @@ def nearest_index(x: jax.Array, format: FloatFormat) -> jax.Array:
 
 
 def stochastic_index(x: jax.Array, bits: jax.Array, format: FloatFormat) -> jax.Array:
-    """Index, int32, of a neighbouring number: the one away from zero for a share of the 2**24 `bits` that is the distance."""
+    """Index, int32, of a neighbour: the one away from zero where 24 random bits are below the rest of x in steps."""
     index, fraction = _lower_index(x, format)
     up = bits.astype(x.dtype) < jnp.round(fraction * 2.0**24)
     return jnp.where(x < 0, -1, 1) * (index + up)

@@ -75,7 +75,7 @@ class Exact:
         values = table(name)
         self.x, self.k, self.last = flush(Fraction(x)), k, len(values) - 1
         self.at = [Fraction(float(v)) for v in values[max(k - 1, 0) : k + 2]]
-        self.below, self.low, self.high = [None, *self.at] if k == 0 else (self.at + [None])[:3]
+        self.below, self.low, self.high = [None, *self.at] if k == 0 else [*self.at, None][:3]
         self.gap = top_gap(name) if k == self.last else self.high - self.low
 
     def spacing(self) -> Fraction:

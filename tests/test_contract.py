@@ -41,8 +41,14 @@ def tx(name):
 def params_and_gradients(dtype=jnp.float32):
     keys = iter(jax.random.split(jax.random.key(0), 8))
     draw = lambda *shape: jax.random.normal(next(keys), shape).astype(dtype)  # noqa: E731
-    params = {"dense": {"kernel": draw(4, 3), "bias": jnp.zeros(3, dtype)}, "scalar": draw(), "list": [draw(2), draw(1, 1)]}
-    return params, jax.tree.map(lambda p: (0.1 * jax.random.normal(jax.random.key(p.size), p.shape)).astype(dtype), params)
+    params = {
+        "dense": {"kernel": draw(4, 3), "bias": jnp.zeros(3, dtype)},
+        "scalar": draw(),
+        "list": [draw(2), draw(1, 1)],
+    }
+    return params, jax.tree.map(
+        lambda p: (0.1 * jax.random.normal(jax.random.key(p.size), p.shape)).astype(dtype), params
+    )
 
 
 def assert_same_description(actual, expected):
@@ -134,7 +140,10 @@ class TestCompilation:
     @pytest.mark.parametrize("name", EXACT)
     def test_vmap_equals_eager(self, tx):
         params, gradients = params_and_gradients()
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[jax.tree.map(lambda p, k=k: k * p, (gradients, params)) for k in (1, 3)])
+        stacked = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *[jax.tree.map(lambda p, k=k: k * p, (gradients, params)) for k in (1, 3)],
+        )
         state = jax.vmap(tx.init)(stacked[1])
         batched = jax.vmap(tx.update)(stacked[0], state, stacked[1])
         for i, k in enumerate((1, 3)):
@@ -288,7 +297,9 @@ class TestInjectHyperparams:
         chex.assert_trees_all_close(params, self.final(ag.manifold_adamw(schedule))[0], rtol=1e-5)
 
     def test_of_the_stiffness(self):
-        injected = optax.inject_hyperparams(ag.stiffness_precondition)(mantissa_bits=4, zero_stiffness=0.5, max_stiffness=0.1)
+        injected = optax.inject_hyperparams(ag.stiffness_precondition)(
+            mantissa_bits=4, zero_stiffness=0.5, max_stiffness=0.1
+        )
         plain = ag.stiffness_precondition(4, zero_stiffness=0.5, max_stiffness=0.1)
         params, gradients = params_and_gradients()
         actual, state = injected.update(gradients, injected.init(params), params)
@@ -304,5 +315,7 @@ class TestInjectHyperparams:
 
     def test_with_mu_dtype_as_a_static_argument(self):
         injected = optax.inject_hyperparams(ag.manifold_adamw, static_args=("mu_dtype", "mask"))
-        _, state = self.final(injected(learning_rate=1e-2, mu_dtype=jnp.bfloat16, mask=lambda p: jax.tree.map(jnp.ndim, p)))
+        _, state = self.final(
+            injected(learning_rate=1e-2, mu_dtype=jnp.bfloat16, mask=lambda p: jax.tree.map(jnp.ndim, p))
+        )
         assert optax.tree.get(state, "mu")["scalar"].dtype == jnp.bfloat16

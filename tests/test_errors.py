@@ -65,7 +65,11 @@ class TestHyperparameters:
             ag.manifold_adamw(1e-3, manifold_aware=False, max_stiffness=-1)
 
     def test_unknown_formats(self):
-        for make in (ag.track_ulp_position, lambda f: ag.stiffness_precondition(format=f), lambda f: ag.manifold_adamw(1e-3, format=f)):
+        for make in (
+            ag.track_ulp_position,
+            lambda f: ag.stiffness_precondition(format=f),
+            lambda f: ag.manifold_adamw(1e-3, format=f),
+        ):
             with refuses(ValueError, "format must be one of .*got 'float7'"):
                 make("float7")
             with refuses(TypeError, "format must be a FloatFormat, a dtype or a name"):
@@ -90,18 +94,18 @@ class TestParameters:
 
     def test_of_another_tree(self, name, tx):
         params, other = {"a": jnp.ones(3)}, {"b": jnp.ones(3)}
-        with refuses(ValueError, rf"{name} needs updates and params of one tree structure, got updates .*'a'.* and params .*'b'"):
+        with refuses(ValueError, rf"{name} needs .* of one tree structure, got updates .*'a'.* and params .*'b'"):
             tx.update(params, tx.init(params), other)
 
     def test_of_another_shape(self, name, tx):
         params = {"a": jnp.ones((3, 1))}
-        with refuses(ValueError, rf"{name} needs updates of the shapes of the params, got \(3, 1\) for .*\(3,\) at params\['a'\]"):
+        with refuses(ValueError, rf"{name} needs .* shapes of the params, got \(3, 1\) for .*\(3,\) at params\['a'\]"):
             tx.update(params, tx.init(params), {"a": jnp.ones(3)})
 
     @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.complex64, jnp.float8_e4m3fn, jnp.float8_e5m2, bool])
     def test_of_an_unsupported_dtype(self, name, tx, dtype):
         params = {"net": [jnp.zeros(2, dtype)]}
-        with refuses(TypeError, rf"needs params in float32, .*, got {jnp.dtype(dtype)} at params\['net'\]\[0\]: cast it, or"):
+        with refuses(TypeError, rf"in float32, .*, got {jnp.dtype(dtype)} at params\['net'\]\[0\]: cast it, or"):
             tx.init(params)
 
     def test_with_updates_of_an_unsupported_dtype(self, name, tx):

@@ -26,7 +26,8 @@ class TestFloatFormat:
         format = ag.as_format(name)
         if name in oracle.ALTGRAD_NAMES:
             golden = oracle.GOLDEN["formats"][f"FP8_{name}"]
-            assert (format.exponent_bits, format.mantissa_bits, format.bias) == (golden["E"], golden["M"], golden["bias"])
+            fields = (format.exponent_bits, format.mantissa_bits, format.bias)
+            assert fields == (golden["E"], golden["M"], golden["bias"])
             assert (format.max, format.smallest_subnormal) == (golden["max"], golden["min_pos"])
             assert format.bits == 8
             assert format.dtype is None

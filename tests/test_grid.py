@@ -44,7 +44,7 @@ class TestExactness:
 
     def test_equals_the_rational_oracle(self, name):
         x, below = oracle.points(name)
-        exact = [oracle.Exact(name, float(x), k) for x, k in zip(x, below)]
+        exact = [oracle.Exact(name, float(x), k) for x, k in zip(x, below, strict=True)]
         for function, values in evaluate(name).items():
             first = 1 if function == "under" else 0  # Below 0 lie the negatives.
             wanted = [oracle.as_float32(getattr(e, function)()) for e in exact[first:]]
@@ -142,7 +142,9 @@ class TestPosition:
         for name in oracle.FORMAT_NAMES:
             last = len(oracle.table(name)) - 1
             np.testing.assert_array_equal(ag.position(jnp.array([jnp.inf, -jnp.inf]), name), [last, -last])
-            np.testing.assert_array_equal(ag.value(jnp.array([1e9, -jnp.inf]), name), oracle.table(name)[-1] * np.array([1, -1]))
+            np.testing.assert_array_equal(
+                ag.value(jnp.array([1e9, -jnp.inf]), name), oracle.table(name)[-1] * np.array([1, -1])
+            )
 
     def test_of_nan_is_nan(self):
         assert np.isnan(ag.position(jnp.nan, "E4M3"))
@@ -200,9 +202,7 @@ class TestInput:
             assert ag.position(x, "E4M3") == 56.0 + 2.0**-37
             assert ag.value(ag.position(x, "E4M3"), "E4M3") == x
             assert ag.round_nearest(1.0625 + 2.0**-40, "E4M3") == 1.125
-            chex.assert_type(
-                [f(x, "E4M3") for f in (ag.spacing, ag.position, ag.value, ag.round_nearest)], jnp.float64
-            )
+            chex.assert_type([f(x, "E4M3") for f in (ag.spacing, ag.position, ag.value, ag.round_nearest)], jnp.float64)
 
     def test_keeps_its_shape(self):
         for shape in ((), (0,), (2, 3)):

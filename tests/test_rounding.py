@@ -238,7 +238,9 @@ class TestPowerOfTwoScale:
         rng = np.random.default_rng(0)
         amax = (largest * np.exp2(rng.uniform(-60, 0, 200))).astype(np.float32)
         edges = np.float32(largest * 2.0 ** np.arange(-20, 1))
-        amax = np.concatenate([amax, edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges[:-1], np.float32(np.inf))])
+        amax = np.concatenate(
+            [amax, edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges[:-1], np.float32(np.inf))]
+        )
         scale = np.asarray(ag.power_of_two_scale(amax[:, None], name, axis=-1))[:, 0].astype(np.float64)
         assert (np.frexp(scale)[0] == 0.5).all()
         assert (amax <= scale * largest).all()

@@ -142,7 +142,9 @@ class TestTrackUlpPosition:
             w, total = w + u, total + n
             np.testing.assert_array_equal(state.ulp_position, [total])
         nearly = ag.UlpPositionState(jnp.float32([2.0**24 - 5]))
-        np.testing.assert_array_equal(update(jnp.float32([5 * 2.0**-23]), nearly, jnp.float32([1.0]))[1].ulp_position, [2.0**24])
+        np.testing.assert_array_equal(
+            update(jnp.float32([5 * 2.0**-23]), nearly, jnp.float32([1.0]))[1].ulp_position, [2.0**24]
+        )
 
     @pytest.mark.parametrize("name", oracle.EIGHT_BIT_NAMES)
     def test_counts_whole_steps_of_every_format(self, name):
@@ -166,7 +168,8 @@ class TestTrackUlpPosition:
     def test_from_zero_is_finite(self):
         w, u = jnp.zeros(4), jnp.float32([0.0, 0.75, -1e-3, 1e30])
         np.testing.assert_array_equal(
-            positions(w, u), [0.0, 0.75 * 2**24, -1e-3 / np.spacing(np.float32(1e-3)), 1e30 / np.spacing(np.float32(1e30))]
+            positions(w, u),
+            [0.0, 0.75 * 2**24, -1e-3 / np.spacing(np.float32(1e-3)), 1e30 / np.spacing(np.float32(1e30))],
         )
 
     def test_across_zero_is_finite(self):
