@@ -168,7 +168,7 @@ def stiffened(
 
 
 def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
-    """Signed ULPs of a scaled format, float32, by which an update moves w as it will be stored; always finite."""
+    """Signed ULPs of a scaled format, float32, by which an update moves w as it will be stored."""
     own = own_format(jnp.result_type(w))
     before, update = as_real(w), as_real(update)
     after = before + update
@@ -178,7 +178,7 @@ def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: jax.
     flushed = (before == 0) | (ulp_exponent(before / scale, format) < jnp.finfo(before.dtype).minexp)
     ulp_before, ulp_after = scaled_ulp(before, format, scale), scaled_ulp(after, format, scale)
     ulps = (after - before) / jnp.where(flushed, jnp.maximum(ulp_before, ulp_after), ulp_before)
-    return _saturate(ulps).astype(jnp.float32)
+    return ulps.astype(jnp.float32)
 
 
 def scaled_ulp(w: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike) -> jax.Array:

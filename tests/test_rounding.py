@@ -204,6 +204,11 @@ class TestFakeQuantize:
         np.testing.assert_array_equal(jax.jvp(f, (x,), (tangent,))[1], tangent * inside)
         np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(ag.fake_quantize(x, "E4M3")))(x), jnp.ones(6))
 
+    def test_gradient_saturates_at_the_end_of_the_scaled_range(self):
+        x = jnp.array([0.3, -1.875, 1.9, 3.0])
+        gradient = jax.grad(lambda x: jnp.sum(ag.fake_quantize(x, "float6_e2m3fn", jnp.full(4, 0.25))))(x)
+        np.testing.assert_array_equal(gradient, [1.0, 1.0, 0.0, 0.0])
+
     def test_has_no_gradient_through_the_scale(self):
         assert jax.grad(lambda s: ag.fake_quantize(jnp.float32(0.3), "E4M3", s))(0.7) == 0.0
 

@@ -172,6 +172,10 @@ class TestTrackUlpPosition:
             [0.0, 0.75 * 2**24, -1e-3 / np.spacing(np.float32(1e-3)), 1e30 / np.spacing(np.float32(1e30))],
         )
 
+    def test_from_zero_counts_ulps_of_the_format_where_it_arrives(self):
+        moved = positions(jnp.zeros(2), jnp.float32([0.75, -(2.0**-8)]), "float8_e4m3fn")
+        np.testing.assert_array_equal(moved, [0.75 / 2**-4, -(2.0**-8) / 2**-9])
+
     def test_across_zero_is_finite(self):
         np.testing.assert_array_equal(positions(jnp.float32([1.0]), jnp.float32([-1.5])), [-1.5 * 2**23])
 
