@@ -9,6 +9,7 @@ two. What is below the smallest normal number of the dtype that computes (float3
 as zero, as XLA flushes it: it matters for the formats bfloat16 and float32 alone.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from altgrad_jax.formats import FloatFormat, as_format
+
+# Outside jit one program per function instead of one per operation; inside it, as if the decorator were not there.
+compiled = functools.partial(jax.jit, static_argnames="format", inline=True)
 
 
 def spacing(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
@@ -125,7 +129,11 @@ def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: Any
                 4.480000e+02], dtype=float32)
     """
     x, toward, format = as_real(x), as_real(toward), as_format(format)
-    x, toward = jnp.broadcast_arrays(x, toward)
+    return _nextafter(*jnp.broadcast_arrays(x, toward), format)
+
+
+@compiled
+def _nextafter(x: jax.Array, toward: jax.Array, format: FloatFormat) -> jax.Array:
     away = jnp.where(x == 0, toward != 0, (toward > x) == (x > 0))
     steps, base = steps_and_base(x, format)
     # The first number away from 0 that XLA does not flush; 1 for all formats but bfloat16 and float32.
@@ -137,6 +145,7 @@ def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: Any
     return jnp.where(toward == x, toward, jnp.where(jnp.isnan(x) | jnp.isnan(toward), jnp.nan, result))
 
 
+@compiled
 def ulp(x: jax.Array, format: FloatFormat) -> jax.Array:
     """`spacing`, for float32 or float64 x."""
     exponent = jnp.maximum(ulp_exponent(x, format), jnp.finfo(x.dtype).minexp)
@@ -148,6 +157,7 @@ def ulp_exponent(x: jax.Array, format: FloatFormat) -> jax.Array:
     return _binade(x, format) - format.mantissa_bits
 
 
+@compiled
 def steps_and_base(x: jax.Array, format: FloatFormat) -> tuple[jax.Array, jax.Array]:
     """Splits |position|, which float32 cannot hold exactly, into two parts that are exact.
 
@@ -164,6 +174,7 @@ def steps_and_base(x: jax.Array, format: FloatFormat) -> tuple[jax.Array, jax.Ar
     return steps, (binade - format.minexp) << format.mantissa_bits
 
 
+@compiled
 def magnitude_at(index: jax.Array, fraction: jax.Array, format: FloatFormat) -> jax.Array:
     """The number `index + fraction` steps above zero; index int32 in [0, max_index], fraction in [0, 1)."""
     binade = jnp.maximum(index >> format.mantissa_bits, 1) - 1

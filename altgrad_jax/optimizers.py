@@ -36,8 +36,9 @@ def manifold_adamw(
         learning_rate: A number >= 0 or a schedule.
         b1: Decay rate of the first moment, in [0, 1).
         b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the root of the second moment, >= 0. float16 parameters need 1e-4 or more: in float16 the
-            default is 0, and Optax's Adam divides by it.
+        eps: Added to the root of the second moment, >= 0. It competes with gradients times stiffness: for a fine
+            grid, such as that of a 16-bit format, choose it as much smaller as the spacing is. float16 parameters
+            need 1e-4 or more: in float16 the default is 0, and Optax's Adam divides by it.
         weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
         manifold_aware: False turns the stiffness off, for comparisons: plain AdamW, with the same tracker. The
             arguments of the stiffness are then checked, and unused.

@@ -9,7 +9,16 @@ import numpy as np
 
 from altgrad_jax._checks import check_number
 from altgrad_jax.formats import FloatFormat, as_format
-from altgrad_jax.grid import as_integer, as_real, floor_log2, ldexp, magnitude_at, power_of_two, steps_and_base
+from altgrad_jax.grid import (
+    as_integer,
+    as_real,
+    compiled,
+    floor_log2,
+    ldexp,
+    magnitude_at,
+    power_of_two,
+    steps_and_base,
+)
 
 
 def round_nearest(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
@@ -146,6 +155,7 @@ def power_of_two_scale(x: jax.typing.ArrayLike, format: Any, axis: int | tuple[i
     return jnp.where(jnp.isfinite(amax), jnp.where(significand == 0, 1, scale), jnp.nan)
 
 
+@compiled
 def nearest_index(x: jax.Array, format: FloatFormat) -> jax.Array:
     """Index, int32, of the nearest number of a format, ties to even; 0 for NaN."""
     index, fraction = _lower_index(x, format)
@@ -154,6 +164,7 @@ def nearest_index(x: jax.Array, format: FloatFormat) -> jax.Array:
     return jnp.where(x < 0, -1, 1) * (index + up)
 
 
+@compiled
 def stochastic_index(x: jax.Array, bits: jax.Array, format: FloatFormat) -> jax.Array:
     """Index, int32, of a neighbour: the one away from zero where 24 random bits are below the rest of x in steps."""
     index, fraction = _lower_index(x, format)
@@ -161,6 +172,7 @@ def stochastic_index(x: jax.Array, bits: jax.Array, format: FloatFormat) -> jax.
     return jnp.where(x < 0, -1, 1) * (index + up)
 
 
+@functools.partial(jax.jit, static_argnames="shape", inline=True)
 def random_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """24 random bits per element, uint32, as a function of two words and the position of the element alone.
 
@@ -188,6 +200,7 @@ def _lower_index(x: jax.Array, format: FloatFormat) -> tuple[jax.Array, jax.Arra
     return base + as_integer(whole), steps - whole
 
 
+@compiled
 def _value_at(index: jax.Array, x: jax.Array, format: FloatFormat) -> jax.Array:
     """The number at an index to which x was rounded; NaN and the sign of a zero are those of x."""
     magnitude = magnitude_at(jnp.abs(index), jnp.zeros_like(x), format)

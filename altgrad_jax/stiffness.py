@@ -1,5 +1,6 @@
 """The stiffness of the grid in an optimizer: gradients scaled by it, movements measured in it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
 from altgrad_jax.formats import FloatFormat, as_format, own_format
-from altgrad_jax.grid import as_real, floor_log2, power_of_two, ulp, ulp_exponent
+from altgrad_jax.grid import as_real, compiled, floor_log2, power_of_two, ulp, ulp_exponent
 from altgrad_jax.rounding import round_nearest
 
 
@@ -39,8 +40,8 @@ def stiffness_precondition(
     Returns:
         A transformation without a state. Its update keeps the dtype of the incoming updates and forms the product in
         float32 (float64 for float64 parameters). With a format it takes the extra argument `grid_scale`: a tree like
-        the parameters of arrays that broadcast against them, in real units per unit of the format, where the grid is
-        scaled; `spacing(w, format)` then becomes `grid_scale * spacing(w / grid_scale, format)`.
+        the parameters of arrays that broadcast against them, in real units per unit of the format, 1 where the grid is
+        not scaled; `spacing(w, format)` then becomes `grid_scale * spacing(w / grid_scale, format)`.
 
     Raises:
         ValueError: If an argument is out of bounds, `format` comes with an argument that it excludes, or an update
@@ -149,6 +150,7 @@ def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraA
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@functools.partial(jax.jit, inline=True)
 def stiffened(
     g: jax.Array,
     w: jax.Array,
@@ -167,6 +169,7 @@ def stiffened(
     return (g * jnp.minimum(stiffness, max_stiffness).astype(w.dtype) * rest).astype(jnp.result_type(g))
 
 
+@compiled
 def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
     """Signed ULPs of a scaled format, float32, by which an update moves w as it will be stored."""
     own = own_format(jnp.result_type(w))
@@ -181,6 +184,7 @@ def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: jax.
     return ulps.astype(jnp.float32)
 
 
+@compiled
 def scaled_ulp(w: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike) -> jax.Array:
     """Spacing at w of a format whose numbers are multiplied by a scale; never below the smallest normal number."""
     return jnp.maximum(scale * ulp(w / scale, format), jnp.finfo(w.dtype).tiny).astype(w.dtype)

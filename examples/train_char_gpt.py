@@ -5,6 +5,13 @@ straight-through gradients; embeddings, biases and norms stay in float32. Both o
 and see the same batches. The text is CPython's own help, so its version changes the numbers a little.
 
     $ python examples/train_char_gpt.py
+    optimizer       validation loss (nats)   weights moved   median |ULPs|   p99 |ULPs|   ms per step
+    adamw                            1.307           95.3%            8.16        559.9          25.1
+    manifold_adamw                   1.337           96.3%           10.11        270.5          25.4
+
+(CPython 3.11, jax 0.10, two CPU cores, 103 s in all.) Smoothed counts of character pairs reach 2.32 nats. "Moved" are
+the weights whose rounded value is not the initial one. out/train_char_gpt.png has the loss curves and a histogram of
+the ULPs; in its outer humps are mostly weights that changed sign, which takes about a hundred steps of this grid.
 """
 
 import argparse
@@ -90,7 +97,7 @@ def batch_loss(params, graphdef, format, text, key) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("tx", "graphdef", "format"), donate_argnames=("params", "state"))
-def train(params, state, tx, graphdef, format, text, keys):
+def train(params, state, tx, graphdef, format, text, keys) -> tuple[optax.Params, optax.OptState, jax.Array]:
     """One optimizer step per key; returns parameters, state and mean training loss."""
 
     def step(carry, key):
@@ -119,8 +126,8 @@ class Run(NamedTuple):
     ulp_position: np.ndarray  # [grid weights]: signed ULPs
 
 
-def fit(label: str, tx, format: ag.FloatFormat, texts: list[jax.Array], vocabulary: int, steps: int, seed: int) -> Run:
-    """Trains with the initial weights and the batches of a seed."""
+def fit(label, tx, format, texts, vocabulary, steps, seed) -> Run:
+    """Trains on the first text and validates on the second; the seed gives initial weights and batches."""
     graphdef, params = nnx.split(GPT(vocabulary, rngs=nnx.Rngs(seed)), nnx.Param)
     state, initial = tx.init(params), grid_weights(quantize(params, format))
     losses, seconds = [], []
@@ -152,7 +159,7 @@ def figure(runs: dict[str, Run], format: ag.FloatFormat) -> Figure:
         right.hist(ulps, bins, weights=share, color=color, histtype="step", linewidth=1.5, label=name)
     left.set(xlabel="optimizer step", ylabel="loss (nats per character)", title=f"Weights rounded to {format.name}")
     right.set_xscale("asinh")
-    right.set(xlabel="ULPs moved since the start", ylabel="weights per bin (%)", title="Weights of the matmuls")
+    right.set(xlabel="signed ULPs moved since the start", ylabel="weights per bin (%)", title="Movement on the grid")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -179,8 +186,10 @@ def main() -> None:
         parser.error(str(error))
     if len(text) < 10 * (CONTEXT + 1):
         parser.error(f"--text must have at least {10 * (CONTEXT + 1)} characters, got {len(text)}")
-    if args.steps % STEPS_PER_CALL or min(args.steps, args.seeds, args.learning_rate) <= 0:
-        parser.error(f"--steps, --seeds and --learning-rate must be positive, --steps a multiple of {STEPS_PER_CALL}")
+    if args.steps % STEPS_PER_CALL or args.steps < 2 * STEPS_PER_CALL:
+        parser.error(f"--steps must be a multiple of {STEPS_PER_CALL} and twice that or more, got {args.steps}")
+    if args.seeds < 1 or not args.learning_rate > 0:
+        parser.error(f"--seeds and --learning-rate must be positive, got {args.seeds} and {args.learning_rate}")
 
     characters, indices = np.unique(list(text), return_inverse=True)
     texts = jnp.split(jnp.asarray(indices, jnp.int32), [len(text) - len(text) // 10])
