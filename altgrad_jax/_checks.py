@@ -46,19 +46,29 @@ def check_float_leaves(transformation: str, name: str, tree: Any) -> None:
             )
 
 
-def check_same_tree(transformation: str, updates: Any, params: Any) -> None:
-    """Raises ValueError unless params are there, in the tree structure and the shapes of the updates."""
+def check_same_tree(transformation: str, name: str, tree: Any, params: Any, *, broadcast: bool = False) -> None:
+    """Raises ValueError unless params are there, in the structure and the shapes of another tree.
+
+    With `broadcast` the leaves of that tree may also be of shapes that broadcast to those of the params.
+    """
     if params is None:
         raise ValueError(f"{transformation} needs the parameters: call update(updates, state, params).")
-    if jax.tree.structure(params) != jax.tree.structure(updates):
+    if jax.tree.structure(params) != jax.tree.structure(tree):
         raise ValueError(
-            f"{transformation} needs updates and params of one tree structure, got updates "
-            f"{jax.tree.structure(updates)} and params {jax.tree.structure(params)}."
+            f"{transformation} needs {name} and params of one tree structure, got {name} {jax.tree.structure(tree)} "
+            f"and params {jax.tree.structure(params)}."
         )
     paths = jax.tree_util.tree_leaves_with_path(params)
-    for (path, param), update in zip(paths, jax.tree.leaves(updates), strict=True):
-        if jnp.shape(update) != jnp.shape(param):
+    for (path, param), leaf in zip(paths, jax.tree.leaves(tree), strict=True):
+        if not _fits(jnp.shape(leaf), jnp.shape(param), broadcast):
             raise ValueError(
-                f"{transformation} needs updates of the shapes of the params, got {jnp.shape(update)} for the "
-                f"param of shape {jnp.shape(param)} at params{jax.tree_util.keystr(path)}."
+                f"{transformation} needs {name} {'that broadcast to' if broadcast else 'of'} the shapes of the "
+                f"params, got {jnp.shape(leaf)} for {jnp.shape(param)} at params{jax.tree_util.keystr(path)}."
             )
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], broadcast: bool) -> bool:
+    try:
+        return (np.broadcast_shapes(shape, wanted) if broadcast else shape) == wanted
+    except ValueError:
+        return False

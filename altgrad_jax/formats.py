@@ -26,8 +26,8 @@ class FloatFormat:
         max: The largest finite value.
 
     Raises:
-        ValueError: If a width is negative, `max` is not a value of the format, or the format has a value
-            outside the normal range of float64.
+        TypeError: If a width or the bias is not an integer.
+        ValueError: If a width is negative, `max` is not a value of the format, or a value is no float64.
 
     Example:
         >>> import altgrad_jax as ag
@@ -43,6 +43,9 @@ class FloatFormat:
     max: float
 
     def __post_init__(self):
+        for field in ("exponent_bits", "mantissa_bits", "bias"):
+            if not isinstance(getattr(self, field), int):
+                raise TypeError(f"{field} must be an integer, got {getattr(self, field)!r}.")
         if not (self.exponent_bits >= 0 and self.mantissa_bits >= 0):
             raise ValueError(
                 f"exponent_bits and mantissa_bits must be >= 0, got {self.exponent_bits} and {self.mantissa_bits}."
@@ -95,10 +98,21 @@ class FloatFormat:
         """Index of `max`: how many positive values there are."""
         return (self._top_binade << self.mantissa_bits) + int(self._steps_to_max)
 
+    def refined(self, fraction_bits: int) -> "FloatFormat":
+        """The grid with `2**fraction_bits - 1` numbers more between neighbours, evenly spaced: longer mantissas.
+
+        Index `k` of this format is index `k * 2**fraction_bits` of that one.
+        """
+        if fraction_bits == 0:
+            return self
+        return dataclasses.replace(
+            self, name=f"{self.name}+{fraction_bits}", mantissa_bits=self.mantissa_bits + fraction_bits
+        )
+
     @property
     def dtype(self) -> np.dtype | None:
-        """The dtype of this name, or None where no hardware dtype has it."""
-        return jnp.dtype(self.name) if self.name in _DTYPE_FORMATS else None
+        """The dtype that has this name and these numbers, or None."""
+        return jnp.dtype(self.name) if _DTYPE_FORMATS.get(self.name) == self else None
 
     @property
     def _top_binade(self) -> int:
@@ -177,7 +191,7 @@ def as_format(spec: Any) -> FloatFormat:
     if name == "float8_e8m0fnu":
         raise ValueError("float8_e8m0fnu has neither a zero nor a sign, so weights cannot live on it; it is a scale.")
     if candidates := _same_widths(name, known):
-        raise ValueError(f"format {name!r} is ambiguous: use one of {', '.join(map(repr, candidates))}.")
+        raise ValueError(f"format {name!r} is not a full name: use one of {', '.join(map(repr, candidates))}.")
     raise ValueError(f"format must be one of {', '.join(known)} or a FloatFormat, got {name!r}.")
 
 
@@ -198,7 +212,7 @@ def _dtype_name(spec: Any) -> str:
 
 
 def _same_widths(name: str, known: dict[str, FloatFormat]) -> list[str]:
-    widths = re.match(r"(?:float\d+_)?e(\d)m(\d)", name, re.IGNORECASE)
+    widths = re.fullmatch(r"(?:float\d+_)?e(\d)m(\d)\w*", name, re.IGNORECASE)
     if not widths:
         return []
     wanted = tuple(map(int, widths.groups()))

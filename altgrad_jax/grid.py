@@ -59,7 +59,7 @@ def position(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
     Returns:
         Signed fractional index, float32 (float64 for float64 x), shape `[...]`: an integer where x is a number of
         the format, linear between neighbours, +-max_index beyond the largest value, NaN for NaN. The exact
-        quotient, rounded once.
+        quotient, rounded once. Its derivative is 1 / spacing, 0 beyond the largest value.
 
     Raises:
         TypeError: If x is not floating.
@@ -70,9 +70,19 @@ def position(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
         >>> ag.position(jnp.array([0.0, 1.0, 1.125, -1.03125, 448.0, jnp.inf]), "float8_e4m3fn")
         Array([  0.  ,  56.  ,  57.  , -56.25, 126.  , 126.  ], dtype=float32)
     """
-    x, format = as_real(x), as_format(format)
+    return _position(as_real(x), as_format(format))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _position(x: jax.Array, format: FloatFormat) -> jax.Array:
     steps, base = steps_and_base(x, format)
     return jnp.copysign(base.astype(x.dtype) + steps, x)
+
+
+@_position.defjvp
+def _position_jvp(format, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return _position(x, format), jnp.where(jnp.abs(x) <= format.max, tangent / ulp(x, format), 0)
 
 
 def value(position: jax.typing.ArrayLike, format: Any) -> jax.Array:
@@ -84,7 +94,8 @@ def value(position: jax.typing.ArrayLike, format: Any) -> jax.Array:
 
     Returns:
         Real numbers, float32 (float64 for a float64 position), shape `[...]`: numbers of the format at integers,
-        linear between them, +-max beyond +-max_index, NaN for NaN. Exact.
+        linear between them, +-max beyond +-max_index, NaN for NaN. Exact. Its derivative is the spacing, 0 beyond
+        +-max_index.
 
     Raises:
         TypeError: If the position is not floating.
@@ -96,11 +107,22 @@ def value(position: jax.typing.ArrayLike, format: Any) -> jax.Array:
         Array([ 0.000000e+00,  1.953125e-03,  1.000000e+00, -1.031250e+00,
                 4.480000e+02], dtype=float32)
     """
-    position, format = as_real(position), as_format(format)
+    return _value(as_real(position, "position"), as_format(format))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _value(position: jax.Array, format: FloatFormat) -> jax.Array:
     magnitude = jnp.minimum(jnp.abs(position), format.max_index)
     whole = jnp.floor(magnitude)
     index = jnp.minimum(as_integer(whole), format.max_index)  # float32 rounds its own max_index up.
     return jnp.copysign(magnitude_at(index, magnitude - whole, format), position)
+
+
+@_value.defjvp
+def _value_jvp(format, primals, tangents):
+    (position,), (tangent,) = primals, tangents
+    value = _value(position, format)
+    return value, jnp.where(jnp.abs(position) <= format.max_index, tangent * ulp(value, format), 0)
 
 
 def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: Any) -> jax.Array:
@@ -128,7 +150,7 @@ def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: Any
         Array([ 1.125000e+00,  9.375000e-01,  1.125000e+00, -1.953125e-03,
                 4.480000e+02], dtype=float32)
     """
-    x, toward, format = as_real(x), as_real(toward), as_format(format)
+    x, toward, format = as_real(x), as_real(toward, "toward"), as_format(format)
     return _nextafter(*jnp.broadcast_arrays(x, toward), format)
 
 
@@ -207,11 +229,13 @@ def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.where(normal, scaled, 0), x)
 
 
-def as_real(x: jax.typing.ArrayLike) -> jax.Array:
+def as_real(x: jax.typing.ArrayLike, name: str = "x") -> jax.Array:
     """Casts to the dtype that computes, float32 or float64, without rounding."""
+    if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):
+        raise TypeError(f"{name} must be an array or a float, got {x!r}: convert it with jnp.asarray.")
     dtype = jnp.result_type(x)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"expected numbers of a floating dtype, got {dtype}: cast them, as with x.astype('float32').")
+        raise TypeError(f"{name} must be of a floating dtype, got {dtype} {x}: cast it, as with x.astype('float32').")
     return jnp.asarray(x, jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 

@@ -32,6 +32,10 @@ def manifold_adamw(
     Adam divides out any constant factor of a gradient: while no weight crosses a power of two this is AdamW with the
     eps of each weight divided by its stiffness. See the README for what was measured.
 
+    Under `optax.inject_hyperparams` give a format as a string or a `FloatFormat` (a dtype class is callable, which
+    Optax takes for a schedule), and name `mu_dtype` and `mask` in `static_args`, as with `optax.adamw`; float16
+    parameters also need `hyperparam_dtype=jnp.float32`, as 1e6 exceeds float16.
+
     Args:
         learning_rate: A number >= 0 or a schedule.
         b1: Decay rate of the first moment, in [0, 1).

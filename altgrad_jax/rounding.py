@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from altgrad_jax._checks import check_number
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import (
     as_integer,
@@ -90,14 +89,14 @@ def fake_quantize(x: jax.typing.ArrayLike, format: Any, scale: jax.typing.ArrayL
         format: Anything that `as_format` accepts.
         scale: Positive real numbers that broadcast against x, as `[..., 1]` for one scale per row; the result is
             exact only if they are powers of two. Default: `power_of_two_scale(x, format)`, one for all of x, under
-            which nothing saturates.
+            which nothing saturates (but for formats that end below 1, next to the largest float32).
 
     Returns:
         Quantized numbers in the dtype of x, shape `[...]`. All NaN under the default scale if x is not finite.
 
     Raises:
         TypeError: If x is not floating.
-        ValueError: If there is no such format, or the scale is a number and not positive and finite.
+        ValueError: If there is no such format, or a scale that is no jax array is not positive and finite.
 
     References:
         Bengio, Leonard, Courville (2013), Estimating or Propagating Gradients Through Stochastic Neurons for
@@ -113,11 +112,10 @@ def fake_quantize(x: jax.typing.ArrayLike, format: Any, scale: jax.typing.ArrayL
     real, format = as_real(x), as_format(format)
     if scale is None:
         scale = power_of_two_scale(real, format)
-    elif isinstance(scale, jax.Array | np.ndarray):
-        scale = jnp.asarray(scale, real.dtype)
-    else:
-        check_number("scale", scale, "(0, inf)")
-    return _fake_quantize(format, real, jax.lax.stop_gradient(scale)).astype(jnp.result_type(x))
+    elif not isinstance(scale, jax.Array) and not (np.all(np.isfinite(scale)) and np.all(np.greater(scale, 0))):
+        raise ValueError(f"scale must be positive and finite, got {scale}.")
+    scale = jax.lax.stop_gradient(jnp.asarray(scale, real.dtype))
+    return _fake_quantize(format, real, scale).astype(jnp.result_type(x))
 
 
 def power_of_two_scale(x: jax.typing.ArrayLike, format: Any, axis: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -190,7 +188,7 @@ def random_bits(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         ValueError: If a dimension, or the product of those behind it, has more than 2**32 elements.
     """
     low, high = _counter(shape)
-    return jnp.broadcast_to(_mix(_mix(_mix(high + words[0]) + low) ^ words[1]) >> 8, shape)
+    return jnp.broadcast_to(mix(mix(mix(high + words[0]) + low) ^ words[1]) >> 8, shape)
 
 
 def _lower_index(x: jax.Array, format: FloatFormat) -> tuple[jax.Array, jax.Array]:
@@ -219,7 +217,7 @@ def _fake_quantize_jvp(format, primals, tangents):
     return _fake_quantize(format, x, scale), jnp.where(inside, tangents[0], 0)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mix(x: jax.Array) -> jax.Array:
     """A bijection of uint32 that changes half of the output bits with every input bit.
 
     References:

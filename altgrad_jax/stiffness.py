@@ -68,7 +68,10 @@ def stiffness_precondition(
         format = as_format(format)
         for name, argument in (("mantissa_bits", mantissa_bits), ("zero_stiffness", zero_stiffness)):
             if argument is not None:
-                raise ValueError(f"{name} is of the unbounded grid and excludes a format, got both: leave out one.")
+                raise ValueError(
+                    f"{name} is of the unbounded grid and excludes a format, got {name}={argument} and "
+                    f"format={format.name}: leave out one."
+                )
 
     def init(params):
         check_float_leaves("stiffness_precondition", "params", params)
@@ -172,16 +175,19 @@ def stiffened(
 @compiled
 def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
     """Signed ULPs of a scaled format, float32, by which an update moves w as it will be stored."""
-    own = own_format(jnp.result_type(w))
-    before, update = as_real(w), as_real(update)
-    after = before + update
-    if own.bits < 32:  # Arithmetically, as XLA may remove a cast to a small dtype and back.
-        after = round_nearest(after, own)
-    after = after.astype(before.dtype)
-    flushed = (before == 0) | (ulp_exponent(before / scale, format) < jnp.finfo(before.dtype).minexp)
+    before = as_real(w)
+    after = _as_stored(before + _as_stored(as_real(update), update), w).astype(before.dtype)
+    exponent = ulp_exponent(before / scale, format) + floor_log2(as_real(scale))
+    flushed = (before == 0) | (exponent < jnp.finfo(before.dtype).minexp)
     ulp_before, ulp_after = scaled_ulp(before, format, scale), scaled_ulp(after, format, scale)
     ulps = (after - before) / jnp.where(flushed, jnp.maximum(ulp_before, ulp_after), ulp_before)
     return ulps.astype(jnp.float32)
+
+
+def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Rounds to the dtype of another array: arithmetically, as XLA may remove a cast to a small dtype and back."""
+    own = own_format(jnp.result_type(like))
+    return round_nearest(x, own) if own.bits < 32 else x
 
 
 @compiled
@@ -196,13 +202,17 @@ def _saturate(ulps: jax.Array) -> jax.Array:
 
 def _check_update(transformation: str, updates: Any, params: Any, grid_scale: Any) -> Any:
     """Returns the scale of every leaf, 1 by default; raises unless the three trees go together."""
-    check_same_tree(transformation, updates, params)
+    check_same_tree(transformation, "updates", updates, params)
+    check_float_leaves(transformation, "params", params)
     check_float_leaves(transformation, "updates", updates)
     if grid_scale is None:
         return jax.tree.map(lambda w: 1.0, params)
-    if jax.tree.structure(grid_scale) != jax.tree.structure(params):
-        raise ValueError(
-            f"grid_scale must have the tree structure of the params, {jax.tree.structure(params)}, "
-            f"got {jax.tree.structure(grid_scale)}."
-        )
+    # optax.masked and optax.partition mask the params, and not the extra arguments.
+    masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
+        grid_scale = jax.tree.map(lambda p, scale: p if masked(p) else scale, params, grid_scale, is_leaf=masked)
+    check_same_tree(transformation, "grid_scale", grid_scale, params, broadcast=True)
+    for path, scale in jax.tree_util.tree_leaves_with_path(grid_scale):
+        if isinstance(scale, float | int):
+            check_number(f"grid_scale{jax.tree_util.keystr(path)}", scale, "(0, inf)")
     return grid_scale

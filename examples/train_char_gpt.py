@@ -67,7 +67,7 @@ class GPT(nnx.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def on_grid(path: tuple) -> bool:
+def is_matmul_weight(path: tuple) -> bool:
     """Whether a parameter is the weight of a matmul."""
     return jax.tree_util.DictKey("kernel") in path
 
@@ -75,17 +75,22 @@ def on_grid(path: tuple) -> bool:
 @functools.partial(jax.jit, static_argnames="format")
 def quantize(params: optax.Params, format: ag.FloatFormat) -> optax.Params:
     """The parameters as the forward pass sees them."""
-    return jax.tree.map_with_path(lambda path, w: ag.fake_quantize(w, format) if on_grid(path) else w, params)
+    return jax.tree.map_with_path(lambda path, w: ag.fake_quantize(w, format) if is_matmul_weight(path) else w, params)
 
 
 def grid_scale(params: optax.Params, format: ag.FloatFormat) -> optax.Params:
-    """The scale of every grid in `quantize`, so that the optimizer knows its ULPs; 1 for the other parameters."""
-    return jax.tree.map_with_path(lambda path, w: ag.power_of_two_scale(w, format) if on_grid(path) else 1.0, params)
+    """The scale of every grid in `quantize`, so that the optimizer knows its ULPs.
+
+    The other parameters are on no grid; ManifoldAdamW gives them the stiffness of the format unscaled.
+    """
+    return jax.tree.map_with_path(
+        lambda path, w: ag.power_of_two_scale(w, format) if is_matmul_weight(path) else 1.0, params
+    )
 
 
 def grid_weights(tree: optax.Params) -> np.ndarray:
     """What a tree like the parameters has for the weights of the matmuls, `[grid weights]`."""
-    return np.concatenate([np.ravel(leaf) for path, leaf in jax.tree.leaves_with_path(tree) if on_grid(path)])
+    return np.concatenate([np.ravel(leaf) for path, leaf in jax.tree.leaves_with_path(tree) if is_matmul_weight(path)])
 
 
 def batch_loss(params, graphdef, format, text, key) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Two CPU devices, so that sharded and unsharded results can be compared; a fixture for every format."""
+"""Two CPU devices, so that sharded and unsharded results can be compared."""
 
 import os
 

@@ -13,15 +13,18 @@ from flax import nnx
 import altgrad_jax as ag
 
 TRANSFORMATIONS = {
-    "stiffness": lambda: ag.stiffness_precondition(),
-    "stiffness(format)": lambda: ag.stiffness_precondition(format="float8_e4m3fn"),
-    "tracker": lambda: ag.track_ulp_position(),
-    "tracker(format)": lambda: ag.track_ulp_position("E5M2"),
-    "manifold_adamw": lambda: ag.manifold_adamw(1e-2),
-    "manifold_adamw(format)": lambda: ag.manifold_adamw(1e-2, format="float8_e5m2"),
-    "manifold_adamw(unaware)": lambda: ag.manifold_adamw(1e-2, manifold_aware=False),
-    "after adam": lambda: optax.chain(
-        optax.scale_by_adam(), ag.stiffness_precondition(3), optax.scale_by_learning_rate(1e-2), ag.track_ulp_position()
+    "stiffness": lambda eps: ag.stiffness_precondition(),
+    "stiffness(format)": lambda eps: ag.stiffness_precondition(format="float8_e4m3fn"),
+    "tracker": lambda eps: ag.track_ulp_position(),
+    "tracker(format)": lambda eps: ag.track_ulp_position("E5M2"),
+    "manifold_adamw": lambda eps: ag.manifold_adamw(1e-2, eps=eps),
+    "manifold_adamw(format)": lambda eps: ag.manifold_adamw(1e-2, eps=eps, format="float8_e5m2"),
+    "manifold_adamw(unaware)": lambda eps: ag.manifold_adamw(1e-2, eps=eps, manifold_aware=False),
+    "after adam": lambda eps: optax.chain(
+        optax.scale_by_adam(eps=eps),
+        ag.stiffness_precondition(3),
+        optax.scale_by_learning_rate(1e-2),
+        ag.track_ulp_position(),
     ),
 }
 EXACT = ("stiffness", "stiffness(format)", "tracker", "tracker(format)")
@@ -35,7 +38,7 @@ def name(request):
 
 @pytest.fixture
 def tx(name):
-    return TRANSFORMATIONS[name]()
+    return TRANSFORMATIONS[name](1e-8)
 
 
 def params_and_gradients(dtype=jnp.float32):
@@ -51,6 +54,11 @@ def params_and_gradients(dtype=jnp.float32):
     )
 
 
+def positions(state):
+    """The one ulp_position of a state, or None."""
+    return optax.tree.get(state, "ulp_position")
+
+
 def assert_same_description(actual, expected):
     chex.assert_trees_all_equal_structs(actual, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
@@ -60,9 +68,8 @@ class TestState:
     """The state keeps its tree, shapes and dtypes from init through every update."""
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-    def test_is_described_by_init(self, tx, name, dtype):
-        if "adamw" in name and dtype == jnp.float16:
-            tx = ag.manifold_adamw(1e-2, eps=1e-4)
+    def test_is_described_by_init(self, name, dtype):
+        tx = TRANSFORMATIONS[name](1e-4 if dtype == jnp.float16 else 1e-8)
         params, gradients = params_and_gradients(dtype)
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(3):
@@ -78,18 +85,13 @@ class TestState:
         shapes = jax.eval_shape(lambda: params)
         assert_same_description(jax.eval_shape(tx.init, shapes), jax.eval_shape(lambda: tx.init(params)))
 
-    def test_survives_flattening(self, tx):
-        params, _ = params_and_gradients()
-        leaves, tree = jax.tree.flatten(tx.init(params))
-        assert_same_description(jax.tree.unflatten(tree, leaves), tx.init(params))
-
     @pytest.mark.parametrize("name", TRACKING)
     def test_has_exactly_one_ulp_position(self, tx):
         params, gradients = params_and_gradients(jnp.bfloat16)
         _, state = tx.update(gradients, tx.init(params), params)
-        positions = optax.tree.get(state, "ulp_position")  # Raises if there are several.
-        chex.assert_trees_all_equal_shapes(positions, params)
-        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(positions))
+        counted = positions(state)  # Raises if there are several.
+        chex.assert_trees_all_equal_shapes(counted, params)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(counted))
 
     def test_is_mapped_by_map_params(self, tx, name):
         params, _ = params_and_gradients()
@@ -108,7 +110,7 @@ class TestState:
         local = jax.jit(tx.update)(*jax.device_put((params, state, params), jax.devices()[0]))
         chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (sharded, local)))
         if name in TRACKING:
-            assert optax.tree.get(sharded[1], "ulp_position")["w"].sharding.is_equivalent_to(sharding, 2)
+            assert positions(sharded[1])["w"].sharding.is_equivalent_to(sharding, 2)
 
 
 class TestCompilation:
@@ -128,14 +130,30 @@ class TestCompilation:
         for _ in range(4):
             params, state = step(gradients, state, params)
 
-    def test_jit_equals_eager(self, tx, name):
-        params, gradients = params_and_gradients()
-        state = tx.init(params)
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_jit_equals_eager(self, tx, name, dtype):
+        params, gradients = params_and_gradients(dtype)
+        _, state = tx.update(gradients, tx.init(params), params)
         eager, jitted = tx.update(gradients, state, params), jax.jit(tx.update)(gradients, state, params)
         if name in EXACT:
             chex.assert_trees_all_equal(eager, jitted)
-        else:  # XLA may contract a product and a sum: 2 ULP of the largest term, here of lr * (adam + decay * w).
-            chex.assert_trees_all_close(eager[0], jitted[0], atol=2 * np.spacing(np.float32(1e-2 * 1.1)), rtol=3e-7)
+            return
+        # XLA may contract a product and a sum: 2 ULP of the largest term, of which lr * 1.1 is the largest here. In
+        # bfloat16 it also keeps float32 where Optax's eager operations round, about four times in a row.
+        rounding = float(jnp.finfo(dtype).eps) * (2 if dtype == jnp.float32 else 8)
+        move = rounding * 1e-2 * 1.1
+        chex.assert_trees_all_close(eager[0], jitted[0], atol=move, rtol=0)
+        for moment in ("mu", "nu"):
+            pair = [optax.tree.get(state, moment) for _, state in (eager, jitted)]
+            chex.assert_trees_all_close(*pair, rtol=rounding, atol=1e-12)
+
+        def close(eager, jitted, param):
+            ulp = np.asarray(ag.spacing(param, "float8_e5m2" if "format" in name else dtype))
+            counted = np.asarray(param) != 0
+            allowed = np.maximum(move / ulp, 1.0 if dtype == jnp.bfloat16 else 0.0) + 2e-6 * np.abs(eager)
+            assert (np.abs(np.asarray(eager) - jitted) <= allowed)[counted].all()
+
+        jax.tree.map(close, positions(eager[1]), positions(jitted[1]), params)
 
     @pytest.mark.parametrize("name", EXACT)
     def test_vmap_equals_eager(self, tx):
@@ -158,11 +176,11 @@ class TestCompilation:
             updates, state = tx.update(gradients, state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        (scanned, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
+        scanned, _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
         looped = (params, tx.init(params))
         for _ in range(3):
             looped, _ = jax.jit(step)(looped, None)
-        chex.assert_trees_all_close(scanned, looped[0], rtol=1e-6)
+        chex.assert_trees_all_close(scanned, looped, rtol=1e-5)
 
 
 class TestTrees:
@@ -203,12 +221,13 @@ class TestComposition:
     """Under Optax's own combinators the numbers are those of the transformation alone."""
 
     def steps(self, tx, n=3, **extra):
+        """Parameters and positions after some steps."""
         params, gradients = params_and_gradients()
         state, update = tx.init(params), jax.jit(functools.partial(tx.update, **extra))
         for _ in range(n):
             updates, state = update(gradients, state, params)
             params = optax.apply_updates(params, updates)
-        return params
+        return params, positions(state)
 
     def test_chain_and_named_chain(self, tx):
         alone = self.steps(tx)
@@ -219,32 +238,41 @@ class TestComposition:
         mask = {"dense": {"kernel": True, "bias": False}, "scalar": True, "list": False}
         params, gradients = params_and_gradients()
         masked = optax.masked(tx, mask)
-        updates, _ = masked.update(gradients, masked.init(params), params)
-        alone, _ = tx.update(gradients, tx.init(params), params)
+        updates, state = masked.update(gradients, masked.init(params), params)
+        alone, alone_state = tx.update(gradients, tx.init(params), params)
         chex.assert_trees_all_equal(updates["dense"]["kernel"], alone["dense"]["kernel"])
         chex.assert_trees_all_equal(updates["list"], gradients["list"])
+        if name in TRACKING:
+            counted = positions(state)
+            chex.assert_trees_all_equal(counted["dense"]["kernel"], positions(alone_state)["dense"]["kernel"])
+            assert isinstance(counted["dense"]["bias"], optax.MaskedNode)
 
-    def test_partition(self, tx):
+    def test_partition(self, tx, name):
         labels = {"dense": "ours", "scalar": "ours", "list": "sgd"}
         params, gradients = params_and_gradients()
         both = optax.partition({"ours": tx, "sgd": optax.sgd(0.5)}, labels)
-        updates, _ = both.update(gradients, both.init(params), params)
-        alone, _ = tx.update(gradients, tx.init(params), params)
+        scale = {"grid_scale": jax.tree.map(lambda p: 0.25, params)}
+        updates, state = both.update(gradients, both.init(params), params, **scale)
+        alone, alone_state = tx.update(gradients, tx.init(params), params, **scale)
         chex.assert_trees_all_equal(updates["dense"], alone["dense"])
         chex.assert_trees_all_equal(updates["list"], jax.tree.map(lambda g: -0.5 * g, gradients["list"]))
+        if name in TRACKING:
+            chex.assert_trees_all_equal(positions(state)["dense"], positions(alone_state)["dense"])
 
     def test_multi_steps(self, tx):
         accumulated = optax.MultiSteps(tx, every_k_schedule=2).gradient_transformation()
         # The mean of two equal gradients: exact.
-        chex.assert_trees_all_close(self.steps(accumulated, n=6), self.steps(tx, n=3), rtol=1e-6)
+        chex.assert_trees_all_close(self.steps(accumulated, n=6), self.steps(tx, n=3), rtol=1e-5)
+        chex.assert_trees_all_equal(self.steps(accumulated, n=5)[1], self.steps(accumulated, n=4)[1])
 
     def test_apply_if_finite(self, tx):
         guarded = optax.apply_if_finite(tx, max_consecutive_errors=3)
-        chex.assert_trees_all_close(self.steps(guarded), self.steps(tx), rtol=1e-6)
+        chex.assert_trees_all_close(self.steps(guarded), self.steps(tx), rtol=1e-5)
         params, gradients = params_and_gradients()
-        state = guarded.init(params)
-        updates, _ = guarded.update(jax.tree.map(lambda g: g * jnp.nan, gradients), state, params)
+        _, state = guarded.update(gradients, guarded.init(params), params)
+        updates, after = guarded.update(jax.tree.map(lambda g: g * jnp.nan, gradients), state, params)
         chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+        chex.assert_trees_all_equal(positions(after), positions(state))
 
     def test_extra_arguments_pass_by(self, tx):
         chex.assert_trees_all_equal(self.steps(tx, value=jnp.float32(3.0), anything="at all"), self.steps(tx))

@@ -67,6 +67,13 @@ class TestFloatFormatOfAUser:
         with pytest.raises(ValueError, match=message):
             ag.FloatFormat(*fields)
 
+    def test_refuses_widths_that_are_not_whole(self):
+        with pytest.raises(TypeError, match=r"mantissa_bits must be an integer, got 3\.0"):
+            ag.FloatFormat("bad", 4, 3.0, 7, 1.0)
+
+    def test_is_no_dtype_by_its_name_alone(self):
+        assert ag.FloatFormat("float8_e4m3fn", 2, 1, 1, 6.0).dtype is None
+
     def test_refuses_more_than_float32(self):
         wide = ag.FloatFormat("wide", 9, 3, 200, 1.0)
         with pytest.raises(ValueError, match=r"no more range and precision than float32.*name='wide'"):
@@ -94,7 +101,9 @@ class TestAsFormat:
     @pytest.mark.parametrize(
         ("spec", "error", "message"),
         [
-            ("e4m3", ValueError, r"'e4m3' is ambiguous: use one of 'float8_e4m3fn', .*'E4M3'"),
+            ("e4m3", ValueError, r"'e4m3' is not a full name: use one of 'float8_e4m3fn', .*'E4M3'"),
+            ("E3M2", ValueError, r"'E3M2' is not a full name: use one of 'float6_e3m2fn'"),
+            ("float8_e4m3fnz", ValueError, r"'float8_e4m3fnz' is not a full name: use one of 'float8_e4m3fn'"),
             ("fp8_e4m3", ValueError, r"format must be one of float8_e4m3fn, .*got 'fp8_e4m3'"),
             ("E9M9", ValueError, r"format must be one of .*got 'E9M9'"),
             (jnp.float8_e8m0fnu, ValueError, r"float8_e8m0fnu has neither a zero nor a sign"),

@@ -79,7 +79,8 @@ class TestExactness:
         # One shape for all formats, so that their eager operations compile once.
         points = np.random.default_rng(0).permutation(np.concatenate([x := oracle.points(name)[0], -x]))
         x = np.resize(points, (8, 2048))
-        every = {**functions(name), "value": lambda p: ag.value(p, name)}
+        last = ag.as_format(name).max_index
+        every = {**functions(name), "value": lambda x: ag.value(x / (1 + jnp.abs(x)) * last, name)}
         jitted = jax.jit(lambda x: {key: function(x) for key, function in every.items()})(x)
         for key, function in every.items():
             eager = function(x)
@@ -104,6 +105,24 @@ class TestRandomFloats:
         np.testing.assert_array_equal(spacing, np.where(nan, np.nan, gaps).astype(np.float32))
         exact = below + np.where(magnitude > values[-1], 0, (magnitude - values[below]) / gaps)
         np.testing.assert_array_equal(position, np.where(nan, np.nan, np.sign(x) * exact).astype(np.float32))
+
+
+class TestDerivatives:
+    """The stiffness is the derivative of the value with respect to the position."""
+
+    X = jnp.array([0.3, -1.03, 5.0, 1e-3, 0.0, 448.0])
+
+    def test_of_value_is_the_spacing(self):
+        slope = jax.vmap(jax.grad(lambda p: ag.value(p, "float8_e4m3fn")))(ag.position(self.X, "float8_e4m3fn"))
+        np.testing.assert_array_equal(slope, ag.spacing(self.X, "float8_e4m3fn"))
+
+    def test_of_position_is_its_inverse(self):
+        slope = jax.vmap(jax.grad(lambda x: ag.position(x, "float8_e4m3fn")))(self.X)
+        np.testing.assert_array_equal(slope, 1 / ag.spacing(self.X, "float8_e4m3fn"))
+
+    def test_is_zero_beyond_the_end(self):
+        assert jax.grad(lambda x: ag.position(x, "E4M3"))(481.0) == 0.0
+        assert jax.grad(lambda p: ag.value(p, "E4M3"))(-127.5) == 0.0
 
 
 class TestSpacing:
@@ -193,8 +212,17 @@ class TestInput:
     @pytest.mark.parametrize("bad", [1, np.arange(3), np.array([1j]), np.array([True])])
     def test_that_is_not_floating_is_refused(self, bad):
         for function in (ag.spacing, ag.position, ag.value, ag.round_nearest, ag.fake_quantize):
-            with pytest.raises(TypeError, match=r"floating dtype, got (int|complex|bool)"):
+            with pytest.raises(
+                TypeError, match=r"(x|position) must be of a floating dtype, got (int|complex|bool)\w* .*: cast"
+            ):
                 function(bad, "E4M3")
+        with pytest.raises(TypeError, match="toward must be of a floating dtype, got int32 1"):
+            ag.nextafter(1.0, 1, "E4M3")
+
+    def test_that_is_no_array_is_refused(self):
+        for bad in ([1.0, 2.0], "1.0", None):
+            with pytest.raises(TypeError, match=r"x must be an array or a float, got .*: convert it with jnp.asarray"):
+                ag.spacing(bad, "E4M3")
 
     def test_in_float64_computes_in_float64(self):
         with jax.enable_x64(True):

@@ -10,7 +10,16 @@ import pytest
 import altgrad_jax
 
 PACKAGE = pathlib.Path(altgrad_jax.__file__).parent
-FLOORS = {"_checks": 0, "formats": 0, "grid": 1, "rounding": 2, "stiffness": 4, "optimizers": 5}
+FLOORS = {
+    "_checks": 0,
+    "formats": 0,
+    "grid": 1,
+    "rounding": 2,
+    "grid_array": 3,
+    "stiffness": 4,
+    "storage": 4,
+    "optimizers": 5,
+}
 EXTERNAL = {"jax", "numpy", "optax"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -101,7 +101,7 @@ class TestTrajectories:
             accumulation = np.spacing(np.abs(position).astype(np.float32)) + np.spacing(
                 np.abs(np.where(counted, golden["bit"], 0)).astype(np.float32)
             )
-            allowed = 2 * tolerance(case, step, golden, before) / ulp + accumulation
+            allowed = tolerance(case, step, golden, before) / ulp + accumulation
             assert (np.abs(increment - reference) <= allowed)[counted].all(), (step, increment, reference)
             # The tolerance means something: it is a small part of what is counted.
             assert (allowed < 0.01 * np.abs(reference) + 8)[counted].all()

@@ -165,6 +165,25 @@ class TestTrackUlpPosition:
         np.testing.assert_array_equal(position, [0.0, 1.0, 3.0, 0.0])
         np.testing.assert_array_equal(position, (after - w).astype(jnp.float32) / ulp)
 
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+    @pytest.mark.parametrize("format", [None, "float8_e4m3fn"])
+    def test_counts_what_is_stored_when_a_whole_step_is_compiled(self, dtype, format):
+        """XLA keeps the updates of small dtypes in float32 inside of one program; what is stored is rounded."""
+        w = jax.random.normal(jax.random.key(0), (4096,)).astype(dtype)
+        gradients = jax.random.normal(jax.random.key(1), (4096,)).astype(dtype)
+        for tx in (optax.sgd(3e-3), optax.adamw(3e-3, eps=1e-4)):
+            tracked = optax.chain(tx, ag.track_ulp_position(format))
+
+            @jax.jit
+            def step(w, state, gradients, tracked=tracked):
+                updates, state = tracked.update(gradients, state, w)
+                return optax.apply_updates(w, updates), state
+
+            after, state = step(w, tracked.init(w), gradients)
+            moved = np.asarray(after, np.float32) - np.asarray(w, np.float32)
+            expected = moved / np.asarray(ag.spacing(w, format or dtype))
+            np.testing.assert_array_equal(optax.tree.get(state, "ulp_position"), expected)
+
     def test_from_zero_is_finite(self):
         w, u = jnp.zeros(4), jnp.float32([0.0, 0.75, -1e-3, 1e30])
         np.testing.assert_array_equal(

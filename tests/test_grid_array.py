@@ -1,0 +1,216 @@
+"""GridArray, to_grid and from_grid: every index means one number, and comes back."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import altgrad_jax as ag
+
+STORED = [(name, bits) for name in oracle.FORMAT_NAMES for bits in (0, 8)]
+
+
+def every_index(name, fraction_bits, scale=0.25):
+    """A GridArray that holds each index once."""
+    format = ag.as_format(name)
+    last = format.max_index * 2**fraction_bits
+    dtype = next(d for d in (np.int8, np.int16, np.int32) if last <= np.iinfo(d).max)
+    return ag.GridArray(np.arange(-last, last + 1).astype(dtype), jnp.float32(scale), format, fraction_bits)
+
+
+def exact_values(name, fraction_bits, scale=0.25):
+    """The numbers of `every_index`, by linear interpolation of the table in float64, which is exact."""
+    table = oracle.table(name)
+    index = np.arange((len(table) - 1) * 2**fraction_bits + 1)
+    positive = np.interp(index / 2**fraction_bits, np.arange(len(table)), table) * scale
+    return np.concatenate([-positive[:0:-1], positive])
+
+
+def flushed(values):
+    return np.where(np.abs(values) < 2.0**-126, 0, values)
+
+
+@pytest.mark.parametrize(("name", "fraction_bits"), STORED)
+class TestEveryIndex:
+    """All indices of every format, with and without fraction bits."""
+
+    def test_means_its_number(self, name, fraction_bits):
+        scale = 1.0 if name == "bfloat16" else 0.25
+        full = ag.from_grid(every_index(name, fraction_bits, scale), full=True)
+        np.testing.assert_array_equal(np.asarray(full, np.float64), flushed(exact_values(name, fraction_bits, scale)))
+
+    def test_is_encoded_as_itself(self, name, fraction_bits):
+        scale = 0.5 if name == "bfloat16" else 4.0
+        q = every_index(name, fraction_bits, scale)
+        again = ag.to_grid(
+            ag.from_grid(q, full=True), name, fraction_bits=fraction_bits, scale=q.scale, where=lambda path, leaf: True
+        )
+        # What XLA flushes is index 0; bfloat16 alone reaches there.
+        kept = np.abs(exact_values(name, fraction_bits, scale)) >= 2.0**-126
+        np.testing.assert_array_equal(again.index, np.where(kept, q.index, 0))
+        assert again.index.dtype == q.index.dtype
+        assert (again.format, again.fraction_bits) == (q.format, q.fraction_bits)
+        encoded = ag.to_grid(q, name, fraction_bits=fraction_bits, scale=q.scale, where=lambda path, leaf: True)
+        chex.assert_trees_all_equal(encoded, again)
+
+    def test_without_its_fraction_is_the_nearest_number_of_the_format(self, name, fraction_bits):
+        q = every_index(name, fraction_bits, scale=1.0)
+        full = np.asarray(ag.from_grid(q, full=True))
+        steps = np.round(np.asarray(q.index) / 2**fraction_bits).astype(int)  # Ties to even, as numpy.
+        wanted = np.sign(steps) * oracle.table(name)[np.abs(steps)]
+        np.testing.assert_array_equal(ag.from_grid(q), flushed(wanted))
+        if fraction_bits == 0:
+            np.testing.assert_array_equal(ag.from_grid(q), full)
+
+
+class TestStorage:
+    """One byte with no fraction bits, two with eight; scales of rows."""
+
+    @pytest.mark.parametrize(("bits", "dtype"), [(0, jnp.int8), (8, jnp.int16), (9, jnp.int32), (17, jnp.int32)])
+    def test_takes_the_smallest_dtype(self, bits, dtype):
+        q = ag.to_grid(jnp.ones((2, 3)), fraction_bits=bits)
+        assert q.index.dtype == dtype
+        assert q.nbytes == 6 * jnp.dtype(dtype).itemsize + 8
+        assert (q.shape, q.ndim, q.size) == ((2, 3), 2, 6)
+
+    def test_scale_of_a_row_leaves_a_factor_of_two(self):
+        x = jax.random.normal(jax.random.key(0), (16, 64)) * jnp.exp2(jnp.arange(16.0))[:, None]
+        for name in ("float8_e4m3fn", "E0M7", "float4_e2m1fn"):
+            q = ag.to_grid(x, name)
+            assert q.scale.shape == (16, 1)
+            reach = np.abs(x).max(axis=1, keepdims=True) / (q.scale * q.format.max)
+            assert (reach <= 0.5).all()
+            assert (reach > 0.25).all()
+
+    def test_scale_of_zeros(self):
+        x = jnp.zeros((3, 4)).at[1].set(100.0)
+        scale = ag.to_grid(x).scale
+        assert scale[0] == scale[1] == scale[2]
+        assert ag.to_grid(jnp.zeros((3, 4))).scale[0] == ag.to_grid(jnp.ones((3, 4))).scale[0]
+
+    def test_scale_of_the_user(self):
+        x = {"a": jnp.full((2, 2), 0.3), "b": jnp.full((2, 3), 0.3)}
+        for scale in (0.5, {"a": 0.5, "b": np.float32(0.5)}, {"a": jnp.full((2, 1), 0.5), "b": jnp.full((3,), 0.5)}):
+            q = ag.to_grid(x, "E2M5", scale=scale)
+            for leaf in ag.from_grid(q).values():
+                np.testing.assert_array_equal(leaf, 0.5 * ag.round_nearest(jnp.full(leaf.shape, 0.6), "E2M5"))
+
+    def test_takes_matrices_by_default(self):
+        params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "table": jnp.ones((2, 2), jnp.int32), "none": None}
+        stored = ag.to_grid(params)
+        assert isinstance(stored["kernel"], ag.GridArray)
+        assert stored["bias"] is params["bias"]
+        assert stored["table"] is params["table"]
+
+    @pytest.mark.parametrize("where", [{"a": False, "b": True}, lambda path, leaf: path[0].key == "b"])
+    def test_takes_what_where_says(self, where):
+        stored = ag.to_grid({"a": jnp.ones((2, 2)), "b": jnp.ones(2)}, where=where)
+        assert not isinstance(stored["a"], ag.GridArray)
+        assert stored["b"].scale.shape == (1,)
+
+    def test_of_other_dtypes(self):
+        for dtype in (jnp.bfloat16, jnp.float16):
+            q = ag.to_grid(jnp.full((2, 2), 0.3, dtype), "float16")
+            np.testing.assert_array_equal(ag.from_grid(q, dtype), jnp.full((2, 2), 0.3, dtype))
+            assert ag.from_grid(q, dtype).dtype == dtype
+
+
+class TestFp8:
+    """The hardware's codes straight from the index."""
+
+    @pytest.mark.parametrize("name", [n for n in oracle.DTYPE_NAMES if n.startswith("float8")])
+    @pytest.mark.parametrize("fraction_bits", [0, 8])
+    def test_is_the_number_of_every_index(self, name, fraction_bits):
+        q = every_index(name, fraction_bits)
+        codes, scale = jax.jit(ag.GridArray.fp8)(q)
+        assert codes.dtype == jnp.dtype(name)
+        np.testing.assert_array_equal(np.asarray(codes).astype(np.float32) * scale, ag.from_grid(q))
+
+    @pytest.mark.parametrize("name", ["E4M3", "float16", "float6_e2m3fn"])
+    def test_needs_a_hardware_dtype(self, name):
+        with pytest.raises(TypeError, match=rf"fp8\(\) needs one of the formats float8_e4m3fn .*, got {name}"):
+            ag.to_grid(jnp.ones((2, 2)), name).fp8()
+
+
+class TestPytree:
+    """A GridArray is a node of two leaves for every transformation of JAX."""
+
+    def test_describes_itself(self):
+        assert repr(ag.to_grid(jnp.ones((2, 3)), "E3M4", fraction_bits=8)) == (
+            "GridArray(E3M4 + 8 bits, shape=(2, 3), int16 + float32[2,1])"
+        )
+        assert "index=None" in repr(jax.tree.map(lambda leaf: None, ag.to_grid(jnp.ones((2, 3)))))
+
+    def test_keeps_its_grid_through_jit_vmap_scan_and_shapes(self):
+        q = ag.to_grid(jax.random.normal(jax.random.key(0), (4, 3)), "E3M4", fraction_bits=2)
+        chex.assert_trees_all_equal(jax.jit(lambda q: q)(q), q)
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
+        chex.assert_trees_all_equal(jax.vmap(ag.from_grid)(stacked)[1], ag.from_grid(q))
+        _, outs = jax.lax.scan(lambda carry, q: (carry, ag.from_grid(q)), 0, stacked)
+        chex.assert_trees_all_equal(outs[0], ag.from_grid(q))
+        shapes = jax.eval_shape(ag.to_grid, jax.ShapeDtypeStruct((4, 3), jnp.float32))
+        assert shapes.index == jax.ShapeDtypeStruct((4, 3), jnp.int8)
+
+    def test_encodes_the_same_eager_jitted_and_sharded(self):
+        x = jax.random.normal(jax.random.key(0), (8, 16))
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("d")))
+        eager = ag.to_grid(x)
+        chex.assert_trees_all_equal(jax.jit(ag.to_grid)(x), eager)
+        chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (jax.jit(ag.to_grid)(sharded), eager)))
+
+    def test_moves_to_a_sharding(self):
+        q = ag.to_grid(jnp.ones((4, 2)))
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        moved = jax.device_put(q, jax.NamedSharding(mesh, jax.P("d")))
+        assert len(moved.index.sharding.device_set) == len(moved.scale.sharding.device_set) == 2
+
+    @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
+    def test_adds_steps_exactly(self, dtype):
+        """The sum modulo 2**bits is the intended index for all pairs of int8, and 2**16 of int16."""
+        info = np.iinfo(dtype)
+        values = (
+            np.arange(info.min, info.max + 1)
+            if dtype == jnp.int8
+            else np.random.default_rng(0).integers(-32512, 32513, 256)
+        )
+        old, new = (a.ravel().astype(dtype) for a in np.meshgrid(values, values))
+        format = ag.as_format("E3M4")
+        param = ag.GridArray(jnp.asarray(old), jnp.float32(1), format)
+        update = ag.GridArray(jnp.asarray(new) - jnp.asarray(old), jnp.float32(0), format)
+        np.testing.assert_array_equal(optax.apply_updates(param, update).index, new)
+
+
+class TestBadInput:
+    """What cannot be stored is refused where it is known."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"format": "float32"}, ValueError, "formats of up to 16 bits, got float32"),
+            (
+                {"fraction_bits": 18},
+                ValueError,
+                "float8_e4m3fn has 126 numbers and takes up to 17 fraction_bits, got 18",
+            ),
+            ({"fraction_bits": -1}, ValueError, r"fraction_bits must be in \[0, 24\], got -1"),
+            ({"fraction_bits": 0.5}, TypeError, "fraction_bits must be an integer, got 0.5"),
+            ({"scale": 0.3}, ValueError, "scale must be a power of two, got 0.3"),
+            ({"scale": -1.0}, ValueError, "scale must be a power of two, got -1.0"),
+            ({"scale": 2.0**-10}, ValueError, r"params\['w'\] is not finite or exceeds 448.0 times its scale: clip it"),
+            ({"where": lambda path, leaf: False}, ValueError, "given nothing to store"),
+            ({"where": {"w": True, "n": True}}, TypeError, r"floating dtype, got int32 at params\['n'\]: leave it out"),
+        ],
+    )
+    def test_of_to_grid(self, arguments, error, message):
+        params = {"w": jnp.ones((2, 2)), "n": jnp.ones((2, 2), jnp.int32)}
+        with pytest.raises(error, match=message):
+            ag.to_grid(params, **arguments)
+
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+    def test_of_parameters_that_are_not_finite(self, bad):
+        with pytest.raises(ValueError, match="is not finite or exceeds"):
+            ag.to_grid(jnp.full((2, 2), bad))
