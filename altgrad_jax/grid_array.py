@@ -201,6 +201,38 @@ def from_grid(params: Any, dtype: Any = jnp.float32, *, full: bool = False) -> A
     )
 
 
+def signed_steps(updates: Any, params: Any) -> Any:
+    """The whole steps by which an update of `on_grid` moves its parameters.
+
+    The update itself holds them modulo the range of the index, and would have to add the shift of the index that
+    comes with a doubled scale.
+
+    Args:
+        updates: What `on_grid` returned.
+        params: The parameters that it was given.
+
+    Returns:
+        Per GridArray its steps, int32, in units of `2**-fraction_bits` on the grid after the update; other leaves of
+        the updates untouched.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp, optax
+        >>> params = ag.to_grid(jnp.array([[0.5, -1.0]]))
+        >>> tx = ag.on_grid(optax.sgd(1.0), rounding="nearest")
+        >>> updates, _ = tx.update(jnp.array([[-0.125, 1.0]]), tx.init(params), params)
+        >>> ag.signed_steps(updates, params)
+        Array([[ 2, -8]], dtype=int32)
+    """
+
+    def leaf(update, param):
+        if not is_grid_array(param):
+            return update
+        before = nearest_index(param.value(full=True) / (param.scale + update.scale), param.grid)
+        return (param.index + update.index).astype(jnp.int32) - before
+
+    return jax.tree.map(leaf, updates, params, is_leaf=is_grid_array)
+
+
 def _decoded(index: jax.Array, grid: FloatFormat) -> jax.Array:
     """The numbers of a grid at signed indices, float32."""
     index = index.astype(jnp.int32)

@@ -10,6 +10,7 @@ import optax
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
 from altgrad_jax.formats import FloatFormat, as_format, own_format
 from altgrad_jax.grid import as_real, compiled, floor_log2, power_of_two, ulp, ulp_exponent
+from altgrad_jax.grid_array import from_grid, is_grid_array, signed_steps
 from altgrad_jax.rounding import round_nearest
 
 
@@ -74,6 +75,8 @@ def stiffness_precondition(
                 )
 
     def init(params):
+        if any(map(is_grid_array, jax.tree.leaves(params, is_leaf=is_grid_array))):
+            raise ValueError("stiffness_precondition of GridArrays belongs inside of on_grid, got GridArrays.")
         check_float_leaves("stiffness_precondition", "params", params)
         return optax.EmptyState()
 
@@ -106,10 +109,12 @@ def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraA
     (which XLA flushes), the largest of the spacings before and after and 2**-126 divides instead.
 
     Needs the parameters. Belongs at the end of a chain, after the learning rate, as it must see the final update.
+    Around an `on_grid` it counts the steps that the stored parameters really move, in ULPs of their own format;
+    inside of it the movement that is intended.
 
     Args:
-        format: Anything that `as_format` accepts: the grid whose ULPs are counted. Default: each parameter's own
-            dtype.
+        format: Anything that `as_format` accepts: the grid whose ULPs are counted for parameters that are no
+            GridArrays. Default: each parameter's own dtype.
 
     Returns:
         A transformation with a `UlpPositionState`. Positions are finite for finite parameters and saturate at the
@@ -136,19 +141,22 @@ def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraA
     format = None if format is None else as_format(format)
 
     def init(params):
-        check_float_leaves("track_ulp_position", "params", params)
-        return UlpPositionState(optax.tree.zeros_like(params, dtype=jnp.float32))
+        check_float_leaves("track_ulp_position", "params", _without_grid_arrays(params))
+        return UlpPositionState(optax.tree.zeros_like(from_grid(params), dtype=jnp.float32))
 
     def update(updates, state, params=None, *, grid_scale=None, **extra_args):
         del extra_args  # Those of other transformations of the chain.
         grid_scale = _check_update("track_ulp_position", updates, params, grid_scale)
 
-        def leaf(position, u, w, scale):
+        def leaf(w, position, u, scale):
+            if is_grid_array(w):
+                return _saturate(position + signed_steps(u, w).astype(jnp.float32) / 2.0**w.fraction_bits)
             if format is None:
                 return _saturate(position + ulps_moved(w, u, own_format(jnp.result_type(w))))
             return _saturate(position + ulps_moved(w, u, format, scale))
 
-        return updates, UlpPositionState(jax.tree.map(leaf, state.ulp_position, updates, params, grid_scale))
+        positions = jax.tree.map(leaf, params, state.ulp_position, updates, grid_scale, is_leaf=is_grid_array)
+        return updates, UlpPositionState(positions)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -196,6 +204,10 @@ def scaled_ulp(w: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike) -
     return jnp.maximum(scale * ulp(w / scale, format), jnp.finfo(w.dtype).tiny).astype(w.dtype)
 
 
+def _without_grid_arrays(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: None if is_grid_array(leaf) else leaf, tree, is_leaf=is_grid_array)
+
+
 def _saturate(ulps: jax.Array) -> jax.Array:
     return jnp.clip(ulps, -jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).max)
 
@@ -203,10 +215,10 @@ def _saturate(ulps: jax.Array) -> jax.Array:
 def _check_update(transformation: str, updates: Any, params: Any, grid_scale: Any) -> Any:
     """Returns the scale of every leaf, 1 by default; raises unless the three trees go together."""
     check_same_tree(transformation, "updates", updates, params)
-    check_float_leaves(transformation, "params", params)
-    check_float_leaves(transformation, "updates", updates)
+    check_float_leaves(transformation, "params", _without_grid_arrays(params))
+    check_float_leaves(transformation, "updates", _without_grid_arrays(updates))
     if grid_scale is None:
-        return jax.tree.map(lambda w: 1.0, params)
+        return jax.tree.map(lambda w: 1.0, params, is_leaf=is_grid_array)
     # optax.masked and optax.partition mask the params, and not the extra arguments.
     masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):

@@ -93,8 +93,7 @@ def on_grid(
         return OnGridState(jnp.uint32(0), jnp.uint32(0), carried, inner.init(floats))
 
     def update(updates, state, params=None, **extra_args):
-        _check_update(updates, params)
-        floats = from_grid(params, full=True)
+        floats = _check_update(updates, params)
         scales = jax.tree.map(lambda p: p.scale if is_grid_array(p) else 1.0, params, is_leaf=is_grid_array)
         moves, inner_state = inner.update(updates, state.inner_state, floats, **(extra_args | {"grid_scale": scales}))
         carried, correction = (), 1 - beta ** (state.grid_step.astype(jnp.float32) + 1)
@@ -149,25 +148,6 @@ def stored(
     return dataclasses.replace(param, index=step, scale=scale - param.scale), error, rounded
 
 
-def signed_steps(updates: Any, params: Any) -> Any:
-    """The steps of an update of `on_grid`, signed: the update itself holds them modulo 2**8, 2**16 or 2**32.
-
-    Args:
-        updates: What `on_grid` returned.
-        params: The parameters that it was given.
-
-    Returns:
-        Per GridArray the difference of the indices after and before, int32; other leaves untouched.
-    """
-
-    def leaf(update, param):
-        if not is_grid_array(param):
-            return update
-        return (param.index + update.index).astype(jnp.int32) - param.index.astype(jnp.int32)
-
-    return jax.tree.map(leaf, updates, params, is_leaf=is_grid_array)
-
-
 def _headroom(param: GridArray) -> tuple[jax.Array, jax.Array]:
     """Which scales to double, as an element is beyond half of the largest number; and what that has to round."""
     shared = [axis for axis in range(param.ndim) if param.scale.ndim == 0 or param.scale.shape[axis] == 1]
@@ -186,7 +166,8 @@ def _words(seed: jax.typing.ArrayLike, path: tuple, step: jax.Array) -> jax.Arra
     return jnp.stack([mix(mix(jnp.asarray(seed, jnp.uint32)) ^ leaf), mix(mix(step + leaf) ^ jnp.uint32(0x9E3779B9))])
 
 
-def _check_update(updates: Any, params: Any) -> None:
+def _check_update(updates: Any, params: Any) -> Any:
+    """Returns the numbers of the parameters; raises unless gradients with respect to them were given."""
     if params is None:
         raise ValueError("on_grid needs the parameters: call update(updates, state, params).")
     if not any(map(is_grid_array, jax.tree.leaves(params, is_leaf=is_grid_array))):
@@ -196,5 +177,7 @@ def _check_update(updates: Any, params: Any) -> None:
             "on_grid takes gradients with respect to from_grid(params), got GridArrays: differentiate a function of "
             "from_grid(params), and put optax.MultiSteps and optax.apply_if_finite inside of on_grid."
         )
-    check_same_tree("on_grid", "updates", updates, from_grid(params))
+    floats = from_grid(params, full=True)
+    check_same_tree("on_grid", "updates", updates, floats)
     check_float_leaves("on_grid", "updates", updates)
+    return floats

@@ -1,0 +1,45 @@
+"""What Flax needs to know of a GridArray: import this module for `flax.serialization` to store and restore them.
+
+A GridArray is restored into one of the same format, fraction bits, shape and dtype; another target is refused.
+
+Example:
+    >>> import altgrad_jax as ag, altgrad_jax.flax_support, flax, jax.numpy as jnp
+    >>> params = ag.to_grid({"kernel": jnp.array([[0.5, -1.0]])})
+    >>> blob = flax.serialization.to_bytes(params)
+    >>> flax.serialization.from_bytes(params, blob)["kernel"]
+    GridArray(float8_e4m3fn, shape=(1, 2), int8 + float32[1,1])
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import serialization
+
+from altgrad_jax.grid_array import GridArray
+
+
+def _to_state_dict(param: GridArray) -> dict[str, Any]:
+    return {
+        "index": param.index,
+        "scale": param.scale,
+        "format": param.format.name,
+        "fraction_bits": param.fraction_bits,
+    }
+
+
+def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
+    for field, wanted in (("format", target.format.name), ("fraction_bits", target.fraction_bits)):
+        if state[field] != wanted:
+            raise ValueError(
+                f"the stored {field} is {state[field]!r} but that of the target {wanted!r}: make it match."
+            )
+    index, scale = state["index"], state["scale"]
+    if (index.shape, index.dtype) != (target.index.shape, target.index.dtype):
+        raise ValueError(
+            f"the stored index is {index.dtype}{index.shape} but that of the target "
+            f"{target.index.dtype}{target.index.shape}: make it match."
+        )
+    return dataclasses.replace(target, index=index, scale=scale)
+
+
+serialization.register_serialization_state(GridArray, _to_state_dict, _from_state_dict)

@@ -1,0 +1,409 @@
+"""on_grid: whole steps, exact under optax.apply_updates, the same on every sharding and after every restart."""
+
+import functools
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import altgrad_jax as ag
+import altgrad_jax.flax_support
+
+ADAM = functools.partial(optax.adamw, 1e-2)
+# As Adam without a first moment, which feedback="momentum" keeps.
+RMS = functools.partial(
+    optax.chain, optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True), optax.scale(-1e-2)
+)
+VARIANTS = {
+    "nearest": lambda: ag.on_grid(ADAM(), rounding="nearest"),
+    "stochastic": lambda: ag.on_grid(ADAM()),
+    "feedback": lambda: ag.on_grid(RMS(), feedback="momentum"),
+    "nearest feedback": lambda: ag.on_grid(RMS(), rounding="nearest", feedback="momentum"),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def tx(request):
+    return VARIANTS[request.param]()
+
+
+def params_and_gradients(fraction_bits=0):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "a": jax.random.normal(keys[0], (8, 16)),
+        "b": {"kernel": 0.1 * jax.random.normal(keys[1], (16, 4)), "bias": jnp.zeros(4)},
+    }
+    gradients = jax.tree.map(lambda p: 0.1 * jax.random.normal(keys[2], p.shape), params)
+    return ag.to_grid(params, "float8_e4m3fn", fraction_bits=fraction_bits), gradients
+
+
+def run(tx, params, state, gradients, steps):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+class TestRounding:
+    """The stored number is the rounded target, and the update is its distance in steps."""
+
+    def test_nearest_is_the_nearest_number(self):
+        params, gradients = params_and_gradients(fraction_bits=2)
+        tx = ag.on_grid(optax.sgd(0.3), rounding="nearest")
+        after, _ = run(tx, params, tx.init(params), gradients, 1)
+        target = jax.tree.map(lambda w, g: w - 0.3 * g, ag.from_grid(params, full=True), gradients)
+        for leaf, wanted in ((after["a"], target["a"]), (after["b"]["kernel"], target["b"]["kernel"])):
+            expected = ag.to_grid(wanted, fraction_bits=2, scale=leaf.scale)
+            np.testing.assert_array_equal(leaf.index, expected.index)
+        np.testing.assert_array_equal(after["b"]["bias"], target["b"]["bias"])
+
+    def test_stochastic_moves_to_a_neighbour_and_is_unbiased(self):
+        params = ag.to_grid(jnp.full((1024, 1024), 1.0), scale=2.0**-7)
+        ulp = 2.0**-3
+        tx = ag.on_grid(optax.scale(1.0))
+        for share in (0.01, 0.3):
+            updates, _ = tx.update(jnp.full((1024, 1024), share * ulp), tx.init(params), params)
+            steps = np.asarray(ag.signed_steps(updates, params))
+            assert set(np.unique(steps)) == {0, 1}
+            assert abs(steps.mean() - share) < 5 * np.sqrt(share / 2**20)
+        updates, _ = tx.update(jnp.full((1024, 1024), -0.3 * ulp), tx.init(params), params)
+        steps = np.asarray(ag.signed_steps(updates, params)) / 2  # Below a power of two the steps are half as wide.
+        assert abs(steps.mean() + 0.3) < 5 * np.sqrt(0.3 / 2**20)
+
+    @pytest.mark.parametrize("name", ["float8_e4m3fn", "E0M7", "E7M0", "float4_e2m1fn", "bfloat16"])
+    @pytest.mark.parametrize("fraction_bits", [0, 8])
+    def test_without_a_movement_no_number_moves(self, name, fraction_bits, tx):
+        format = ag.as_format(name)
+        last = format.max_index * 2**fraction_bits // 2
+        index = np.linspace(-last, last, 2**12).round().astype(jnp.int32)[None]
+        if name == "bfloat16":
+            index = index[np.abs(index) >= 128 * 2**fraction_bits][None]
+        dtype = next(d for d in (np.int8, np.int16, np.int32) if format.max_index * 2**fraction_bits <= np.iinfo(d).max)
+        params = ag.GridArray(jnp.asarray(index, dtype), jnp.ones((1, 1)), format, fraction_bits)
+        inner = optax.scale(-1.0)
+        tx = ag.on_grid(inner, feedback="momentum") if "momentum" in tx.init(params)._fields else ag.on_grid(inner)
+        state = tx.init(params)._replace(grid_step=jnp.uint32(1))  # No look at the headroom.
+        updates, state = tx.update(jnp.zeros(index.shape), state, params)
+        assert not np.asarray(updates.index).any()
+        assert not np.asarray(updates.scale).any()
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state.momentum))
+
+    def test_error_feedback_is_the_recurrence(self):
+        """M <- b M + (1 - b) u; target = w + M / c; M <- M + (1 / b - 1) c (target - stored)."""
+        params, gradients = params_and_gradients()
+        tx = ag.on_grid(optax.scale(-0.02), rounding="nearest", feedback="momentum", momentum=0.8)
+        state = tx.init(params)
+        carried = np.zeros((8, 16))
+        for t in range(1, 6):
+            before = np.asarray(ag.from_grid(params)["a"], np.float64)
+            carried = 0.8 * carried + 0.2 * -0.02 * np.asarray(gradients["a"], np.float64)
+            c = 1 - 0.8**t
+            target = before + carried / c
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+            stored = np.asarray(ag.from_grid(params)["a"], np.float64)
+            ulp = params["a"].scale * ag.spacing(stored.astype(np.float32) / params["a"].scale, "float8_e4m3fn")
+            assert (np.abs(target - stored) <= 0.5001 * np.asarray(ulp)).all()
+            carried = carried + (1 / 0.8 - 1) * c * (target - stored)
+            np.testing.assert_allclose(state.momentum["a"], carried, atol=1e-6)
+        # A leaf that is not stored has the same momentum, and no error.
+        np.testing.assert_allclose(params["b"]["bias"], -0.02 * 5 * gradients["b"]["bias"], rtol=1e-5)
+
+    def test_feedback_loses_nothing_where_nearest_stalls(self):
+        """A constant movement of 1 / 50 of a step arrives in full with feedback, after a while; never without."""
+        params = ag.to_grid(jnp.ones((2, 4)), scale=2.0**-7)
+        ulp = 2.0**-3
+        for feedback, rate in ((None, 0.0), ("momentum", 1 / 50)):
+            tx = ag.on_grid(optax.scale(1.0), rounding="nearest", feedback=feedback)
+            move = jnp.full((2, 4), ulp / 50)
+            early, state = run(tx, params, tx.init(params), move, 240)
+            late, _ = run(tx, early, state, move, 250)
+            steps = (ag.from_grid(late) - ag.from_grid(early)) / ulp
+            np.testing.assert_allclose(steps, 250 * rate, atol=1.0 if feedback else 0.0)
+
+    def test_a_learning_rate_of_zero_is_safe(self, tx):
+        params, gradients = params_and_gradients()
+        tx = ag.on_grid(
+            optax.chain(optax.scale_by_rms(), optax.scale_by_schedule(lambda count: jnp.where(count % 2, -1e-2, 0.0))),
+            feedback="momentum",
+        )
+        params, state = run(tx, params, tx.init(params), gradients, 10)
+        chex.assert_tree_all_finite((ag.from_grid(params), state))
+
+
+class TestRescale:
+    """A row that outgrows its scale has it doubled, and nothing is lost but last bits, which are counted."""
+
+    def outgrown(self, fraction_bits=0):
+        # 1.0 at index 8 of the second binade; 240 > 448 / 2; the smallest number has a bit to lose.
+        values = jnp.array([[240.0, 1.0, -3.5, 3 * 2.0**-9, 2 * 2.0**-9, 0.0], [100.0, 1.0, -3.5, 2.0**-9, 0.0, 0.0]])
+        return ag.to_grid(values, scale=jnp.ones((2, 1)), fraction_bits=fraction_bits)
+
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    def test_doubles_the_scale_of_the_row_and_keeps_its_numbers(self, rounding):
+        params, tx = self.outgrown(), ag.on_grid(optax.scale(1.0), rounding=rounding)
+        updates, state = tx.update(jnp.zeros((2, 6)), tx.init(params), params)
+        after = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(after.scale, [[2.0], [1.0]])
+        # 3 * 2**-9 lies between two numbers of the coarser grid: to the even one.
+        expected = np.asarray(ag.from_grid(params)).copy()
+        expected[0, 3] = 4 * 2.0**-9
+        np.testing.assert_array_equal(ag.from_grid(after), expected)
+        assert state.rescale_rounded == 1
+        steps = np.asarray(ag.signed_steps(updates, params))
+        np.testing.assert_array_equal(steps, 0)
+
+    def test_is_exact_with_a_fraction_bit_to_spare(self):
+        params, tx = self.outgrown(fraction_bits=1), ag.on_grid(optax.scale(1.0))
+        updates, state = tx.update(jnp.zeros((2, 6)), tx.init(params), params)
+        after = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(after.scale, [[2.0], [1.0]])
+        np.testing.assert_array_equal(ag.from_grid(after, full=True), ag.from_grid(params, full=True))
+        assert state.rescale_rounded == 0
+
+    def test_lets_a_weight_grow_without_end(self):
+        params = ag.to_grid(jnp.ones((1, 2)), fraction_bits=8)
+        tx = ag.on_grid(optax.scale(1.0), rounding="nearest", feedback="momentum")
+        after, _ = run(tx, params, tx.init(params), jnp.array([[0.25, 0.0]]), 640)
+        np.testing.assert_allclose(ag.from_grid(after, full=True), [[161.0, 1.0]], rtol=0.02)
+        assert float(after.scale[0, 0]) > float(params.scale[0, 0])
+
+    def test_saturates_between_looks_and_carries_on(self):
+        params = ag.to_grid(jnp.ones((1, 1)), scale=2.0**-8)  # Ends at 1.75.
+        tx = ag.on_grid(optax.scale(1.0), rounding="nearest")
+        state = tx.init(params)._replace(grid_step=jnp.uint32(1))
+        updates, state = tx.update(jnp.full((1, 1), 5.0), state, params)
+        after = optax.apply_updates(params, updates)
+        assert float(ag.from_grid(after)[0, 0]) == 1.75
+
+
+class TestDeterminism:
+    """The random bits are a function of seed, step, path and position alone."""
+
+    def test_seeds_steps_and_leaves_differ(self):
+        x = jnp.full((64, 64), 1.01)
+        params = ag.to_grid({"a": x, "b": x}, scale=2.0**-7)
+        gradients = {"a": jnp.full(x.shape, 0.05), "b": jnp.full(x.shape, 0.05)}
+
+        def steps(seed, step):
+            tx = ag.on_grid(optax.scale(1.0), seed=seed)
+            updates, _ = tx.update(gradients, tx.init(params)._replace(grid_step=jnp.uint32(step)), params)
+            return updates
+
+        first, again = steps(0, 1), steps(0, 1)
+        chex.assert_trees_all_equal(first, again)
+        for other in (first["b"], steps(1, 1)["a"], steps(0, 2)["a"]):
+            agreement = np.mean(np.asarray(first["a"].index) == other.index)
+            assert abs(agreement - (0.4**2 + 0.6**2)) < 0.05
+
+    def test_any_sharding_gives_the_same_bits(self, tx):
+        params, gradients = params_and_gradients()
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        local = run(tx, params, tx.init(params), gradients, 5)
+        for spec in (jax.P("d"), jax.P(None, "d")):
+
+            def shard(leaf, spec=spec):
+                fits = leaf.ndim == 2 and all(s is None or n % 2 == 0 for s, n in zip((*spec, None), leaf.shape))  # noqa: B905
+                return jax.device_put(leaf, jax.NamedSharding(mesh, spec if fits else jax.P()))
+
+            placed = jax.tree.map(shard, (params, tx.init(params), gradients))
+            sharded = run(tx, *placed, 5)
+            chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (sharded, local)))
+
+    @pytest.mark.parametrize("kind", ["msgpack", "orbax"])
+    def test_a_restart_continues_bit_for_bit(self, tx, kind, tmp_path):
+        params, gradients = params_and_gradients(fraction_bits=8)
+        through = run(tx, params, tx.init(params), gradients, 6)
+        half = run(tx, params, tx.init(params), gradients, 3)
+        if kind == "msgpack":
+            fresh = (params, tx.init(params))
+            half = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(half))
+        else:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(tmp_path / "half", half)
+                checkpointer.wait_until_finished()
+                half = checkpointer.restore(tmp_path / "half", jax.eval_shape(lambda: half))
+        chex.assert_trees_all_equal(run(tx, *half, gradients, 3), through)
+
+
+class TestFlaxSerialization:
+    """Another format, shape or dtype is refused."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"format": "E3M4"}, "stored format is 'float8_e4m3fn' but that of the target 'E3M4'"),
+            ({"fraction_bits": 8}, "stored fraction_bits is 0 but that of the target 8"),
+        ],
+    )
+    def test_into_another_grid(self, arguments, message):
+        x = jnp.ones((2, 2))
+        with pytest.raises(ValueError, match=message):
+            flax.serialization.from_bytes(ag.to_grid(x, **arguments), flax.serialization.to_bytes(ag.to_grid(x)))
+
+    def test_into_another_shape(self):
+        blob = flax.serialization.to_bytes(ag.to_grid(jnp.ones((2, 2))))
+        with pytest.raises(ValueError, match=r"stored index is int8\(2, 2\) but that of the target int8\(3, 2\)"):
+            flax.serialization.from_bytes(ag.to_grid(jnp.ones((3, 2))), blob)
+
+
+class TestOptaxContract:
+    """Optax's conventions, for parameters that are integers."""
+
+    def test_state_and_updates_keep_their_description(self, tx):
+        params, gradients = params_and_gradients()
+        state = tx.init(params)
+        updates, after = tx.update(gradients, state, params)
+        chex.assert_trees_all_equal_structs(after, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        shapes = jax.eval_shape(tx.init, jax.eval_shape(lambda: params))
+        chex.assert_trees_all_equal_shapes_and_dtypes(shapes, jax.eval_shape(lambda: state))
+
+    def test_traces_once_and_runs_in_scan(self, tx):
+        params, gradients = params_and_gradients()
+        chex.clear_trace_counter()
+
+        @jax.jit
+        @chex.assert_max_traces(n=1)
+        def step(params, state):
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        looped = (params, tx.init(params))
+        for _ in range(4):
+            looped = step(*looped)
+
+        def body(carry, _):
+            params, state = carry
+            updates, state = tx.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, length=4))((params, tx.init(params)))
+        for name in ("a", "b"):  # XLA may contract a product and a sum: a few of the numbers round the other way.
+            pair = [ag.from_grid(p[0])[name] for p in (looped, scanned)]
+            chex.assert_trees_all_close(*pair, atol=0.15)
+
+    def test_is_mapped_by_map_params(self, tx):
+        params, _ = params_and_gradients()
+        state = tx.init(params)
+        mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
+        chex.assert_trees_all_equal(mapped, state)
+
+    def test_inside_are_masks_clipping_accumulation_and_guards(self):
+        params, gradients = params_and_gradients()
+        for inner in (
+            optax.chain(optax.clip_by_global_norm(0.1), ADAM()),
+            optax.masked(ADAM(), lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
+            optax.MultiSteps(ADAM(), 2).gradient_transformation(),
+            optax.apply_if_finite(ADAM(), 3),
+            optax.inject_hyperparams(optax.adamw)(learning_rate=lambda count: 1e-2),
+            ag.manifold_adamw(1e-2, format="float8_e4m3fn"),
+        ):
+            tx = ag.on_grid(inner)
+            after, _ = run(tx, params, tx.init(params), gradients, 4)
+            assert not np.array_equal(after["a"].index, params["a"].index)
+        tx = ag.on_grid(optax.apply_if_finite(ADAM(), 3))
+        bad = jax.tree.map(lambda g: g * jnp.nan, gradients)
+        after, _ = run(tx, params, tx.init(params), bad, 1)
+        chex.assert_trees_all_equal(after, params)
+
+    def test_hands_the_scales_to_the_inner_transformation(self):
+        params, gradients = params_and_gradients()
+        seen = {}
+
+        def update(updates, state, params=None, *, grid_scale, value):
+            seen.update(scale=grid_scale, value=value)
+            return updates, state
+
+        tx = ag.on_grid(optax.GradientTransformationExtraArgs(lambda params: (), update))
+        tx.update(gradients, tx.init(params), params, value=3.0)
+        chex.assert_trees_all_equal(seen["scale"]["a"], params["a"].scale)
+        assert seen["scale"]["b"]["bias"] == 1.0
+        assert seen["value"] == 3.0
+
+    def test_is_tracked_in_real_steps_outside_and_in_intended_ones_inside(self):
+        params = ag.to_grid({"w": jnp.full((2, 4), 1.25), "b": jnp.ones(3)}, fraction_bits=1, scale=2.0**-7)
+        gradients = {"w": jnp.full((2, 4), 0.3 * 2.0**-3), "b": jnp.full(3, 2.0**-23)}
+        outside = optax.chain(ag.on_grid(optax.scale(1.0), rounding="nearest"), ag.track_ulp_position())
+        inside = ag.on_grid(optax.chain(optax.scale(1.0), ag.track_ulp_position("float8_e4m3fn")), rounding="nearest")
+        for tx, wanted in ((outside, 0.5), (inside, 0.3)):
+            _, state = tx.update(gradients, tx.init(params), params)
+            positions = optax.tree.get(state, "ulp_position")
+            np.testing.assert_allclose(positions["w"], np.full((2, 4), wanted), rtol=1e-6)
+        assert positions["b"].shape == (3,)
+        with pytest.raises(ValueError, match="belongs inside of on_grid"):
+            ag.stiffness_precondition().init(params)
+
+
+class TestFlax:
+    """The training loops of Flax, unchanged."""
+
+    def test_linen_train_state(self):
+        params, gradients = params_and_gradients()
+        state = TrainState.create(apply_fn=None, params=params, tx=ag.on_grid(ADAM()))
+        state = jax.jit(lambda state: state.apply_gradients(grads=gradients))(state)
+        assert isinstance(state.params["a"], ag.GridArray)
+        assert not np.array_equal(state.params["a"].index, params["a"].index)
+
+    def test_nnx_state(self):
+        model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(model, nnx.Param)
+        params = ag.to_grid(state)
+        tx = ag.on_grid(ADAM())
+
+        def loss(floats):
+            return jnp.mean(nnx.merge(graphdef, floats)(jnp.ones((4, 16))) ** 2)
+
+        opt_state, losses = tx.init(params), []
+        for _ in range(10):
+            value, gradients = jax.value_and_grad(loss)(ag.from_grid(params))
+            updates, opt_state = tx.update(gradients, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(value))
+        assert losses[-1] < losses[0]
+
+
+class TestBadInput:
+    """What was expected, what came, what to do."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"rounding": "up"}, "rounding must be 'stochastic' or 'nearest', got 'up'"),
+            ({"feedback": True}, "feedback must be None or 'momentum', got True"),
+            ({"momentum": 0.9}, "momentum needs feedback='momentum', got momentum=0.9 without it"),
+            ({"feedback": "momentum", "momentum": 0.0}, r"momentum must be in \(0, 1\), got 0.0"),
+            ({"seed": -1}, r"seed must be in \[0, 4294967295\], got -1"),
+            ({"seed": 0.5}, "seed must be an integer, got 0.5"),
+        ],
+    )
+    def test_of_on_grid(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            ag.on_grid(optax.sgd(1.0), **arguments)
+
+    def test_of_update(self):
+        params, gradients = params_and_gradients()
+        tx = ag.on_grid(optax.sgd(1.0))
+        state = tx.init(params)
+        with pytest.raises(ValueError, match="on_grid needs the parameters"):
+            tx.update(gradients, state)
+        with pytest.raises(
+            ValueError, match=r"no parameter that is stored on a grid: make some with to_grid\(params\)"
+        ):
+            tx.update(gradients, state, ag.from_grid(params))
+        with pytest.raises(ValueError, match=r"gradients with respect to from_grid\(params\), got GridArrays"):
+            tx.update(params, state, params)
+        with pytest.raises(ValueError, match=r"shapes of the params, got \(1,\) for \(8, 16\) at params\['a'\]"):
+            tx.update(gradients | {"a": jnp.ones(1)}, state, params)
