@@ -53,12 +53,14 @@ def on_grid(
         feedback: None, or "momentum".
         momentum: Decay rate of the momentum, in (0, 1). Default with feedback: 0.9; without feedback there is none.
         seed: Of the random bits, which are a function of the seed, the number of the step, the path of the leaf and
-            the position of the element alone: any sharding and any restart gives the same result.
+            the position of the element alone: any sharding and any restart draws the same ones. (Whether the inner
+            transformation computes the same movement on every sharding, to the last bit, is up to XLA.)
 
     Returns:
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
         It hands the extra argument `grid_scale` to the inner one: a tree like params, the scale of every GridArray
-        and 1 for other leaves. `optax.MultiSteps` and `optax.apply_if_finite` belong inside of it.
+        and 1 for other leaves. `optax.MultiSteps` and `optax.apply_if_finite` belong inside of it; line searches
+        (`optax.lbfgs`) are refused, as the losses they compare lie between the numbers of the grid.
 
         When an element of a row comes within a factor of two of the largest number, the row's scale is doubled; it is
         looked at every 64 steps. That moves no element but those which lose their last bit, rounded to nearest-even
@@ -66,7 +68,8 @@ def on_grid(
 
     Raises:
         ValueError: If an argument is out of bounds, if `momentum` comes without feedback, or, in the update, if no
-            parameter is stored on a grid or gradients and parameters do not go together.
+            parameter is stored on a grid, gradients and parameters do not go together or the argument `value_fn` of
+            a line search is given.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp, optax
@@ -93,6 +96,11 @@ def on_grid(
         return OnGridState(jnp.uint32(0), jnp.uint32(0), carried, inner.init(floats))
 
     def update(updates, state, params=None, **extra_args):
+        if "value_fn" in extra_args:
+            raise ValueError(
+                "on_grid cannot store the steps of a line search, got value_fn: the losses it compares lie between the "
+                "numbers of the grid. Use an optimizer that takes its step from the gradient."
+            )
         floats = _check_update(updates, params)
         scales = jax.tree.map(lambda p: p.scale if is_grid_array(p) else 1.0, params, is_leaf=is_grid_array)
         moves, inner_state = inner.update(updates, state.inner_state, floats, **(extra_args | {"grid_scale": scales}))
