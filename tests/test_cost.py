@@ -39,6 +39,14 @@ class TestOneMatrix:
         assert costs["one matrix"]["without the tracker"]["kernels"] == 1
 
 
+class TestStoredWeights:
+    """An int8 weight with float32 moments: 22 bytes and the look at the headroom, once in 64 steps."""
+
+    def test_on_grid(self, costs):
+        assert costs["one matrix"]["on_grid(optax.adamw)"]["bytes"] <= 22.5
+        assert costs["one matrix"]["on_grid(optax.adamw)"]["kernels"] == 1
+
+
 class TestFortyLeaves:
     """A tree of 40 leaves is one kernel per leaf, and the tracker's 8 bytes more than AdamW."""
 
