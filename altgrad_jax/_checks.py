@@ -60,15 +60,16 @@ def check_same_tree(transformation: str, name: str, tree: Any, params: Any, *, b
         )
     paths = jax.tree_util.tree_leaves_with_path(params)
     for (path, param), leaf in zip(paths, jax.tree.leaves(tree), strict=True):
-        if not _fits(jnp.shape(leaf), jnp.shape(param), broadcast):
+        if not (fits(jnp.shape(leaf), jnp.shape(param)) if broadcast else jnp.shape(leaf) == jnp.shape(param)):
             raise ValueError(
                 f"{transformation} needs {name} {'that broadcast to' if broadcast else 'of'} the shapes of the "
                 f"params, got {jnp.shape(leaf)} for {jnp.shape(param)} at params{jax.tree_util.keystr(path)}."
             )
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], broadcast: bool) -> bool:
+def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether an array of a shape broadcasts to a wanted shape."""
     try:
-        return (np.broadcast_shapes(shape, wanted) if broadcast else shape) == wanted
+        return np.broadcast_shapes(shape, wanted) == wanted
     except ValueError:
         return False

@@ -28,18 +28,21 @@ def _to_state_dict(param: GridArray) -> dict[str, Any]:
 
 
 def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
+    if not isinstance(state, dict) or "fraction_bits" not in state:
+        raise ValueError("what is stored is no GridArray: restore it into an array, then call to_grid.")
     for field, wanted in (("format", target.format.name), ("fraction_bits", target.fraction_bits)):
         if state[field] != wanted:
             raise ValueError(
                 f"the stored {field} is {state[field]!r} but that of the target {wanted!r}: make it match."
             )
-    index, scale = state["index"], state["scale"]
-    if (index.shape, index.dtype) != (target.index.shape, target.index.dtype):
-        raise ValueError(
-            f"the stored index is {index.dtype}{index.shape} but that of the target "
-            f"{target.index.dtype}{target.index.shape}: make it match."
-        )
-    return dataclasses.replace(target, index=index, scale=scale)
+    for field in ("index", "scale"):
+        stored, wanted = state[field], getattr(target, field)
+        if (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(
+                f"the stored {field} is {stored.dtype}{stored.shape} but that of the target "
+                f"{wanted.dtype}{wanted.shape}: make it match."
+            )
+    return dataclasses.replace(target, index=state["index"], scale=state["scale"])
 
 
 serialization.register_serialization_state(GridArray, _to_state_dict, _from_state_dict)

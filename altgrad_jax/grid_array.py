@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_jax._checks import check_number
+from altgrad_jax._checks import check_number, fits
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import as_real, magnitude_at
 from altgrad_jax.rounding import nearest_index, power_of_two_scale
@@ -29,13 +29,15 @@ _HARDWARE_FORMATS = (
 class GridArray:
     """An array of numbers of a scaled format, stored as their integer positions.
 
-    The element with index `i` is `scale * value(i / 2**fraction_bits, format)`. A pytree of two leaves, so that
-    `optax.apply_updates` adds an update of the same structure to it: integer steps, and zero or the growth of the
-    scale. Made by `to_grid`.
+    The element with index `i` is `scale * value(i / 2**fraction_bits, format)`; the most negative index of the dtype,
+    which no format reaches, is NaN. A pytree of two leaves, so that `optax.apply_updates` adds an update of the same
+    structure to it: integer steps, and zero or the growth of the scale. Made by `to_grid`. An average of GridArrays
+    (`optax.incremental_update`) is one of indices; average what `from_grid` gives.
 
     Attributes:
         index: Signed positions, in steps of `2**-fraction_bits`. int8, int16 or int32, shape `[...]`.
-        scale: Powers of two that broadcast against the index, float32: real units per unit of the format.
+        scale: Powers of two, float32: real units per unit of the format. Of as many dimensions as the index, and in
+            each of its size or 1; from `to_grid` one per row, shape `[..., 1]`.
         format: The format whose grid it is.
         fraction_bits: Bits of every position behind the point.
 
@@ -78,15 +80,17 @@ class GridArray:
     def value(self, dtype: Any = jnp.float32, *, full: bool = False) -> jax.Array:
         """The numbers, as `from_grid` gives them."""
         if full or self.fraction_bits == 0:
-            magnitude = _decoded(self.index, self.grid)
+            numbers = _decoded(self.index, self.grid)
         else:
-            magnitude = _decoded(_whole_index(self.index, self.fraction_bits), self.format)
-        return (magnitude * self.scale).astype(dtype)
+            numbers = _decoded(_whole_index(self.index, self.fraction_bits), self.format)
+        return jnp.where(self._is_nan, jnp.nan, numbers * self.scale).astype(dtype)
 
     def fp8(self) -> tuple[jax.Array, jax.Array]:
         """The numbers in their hardware dtype, without a scale, and the scale, for a quantized matmul.
 
         The codes are made of the indices by integer operations. Fraction bits are rounded to nearest-even first.
+
+        The product of `x` and a kernel with a scale per row, `[in, 1]`, is `(x * scale[:, 0]) @ codes`.
 
         Returns:
             Numbers of the 8-bit dtype, shape `[...]`, and the scales that multiply them, float32.
@@ -98,7 +102,12 @@ class GridArray:
             raise TypeError(f"fp8() needs one of the formats {_HARDWARE_FORMATS}, got {self.format.name}.")
         index = _whole_index(self.index, self.fraction_bits).astype(jnp.int32)
         code = jnp.abs(index) | jnp.where(index < 0, 0x80, 0)
-        return lax.bitcast_convert_type(code.astype(jnp.uint8), self.format.dtype), self.scale
+        numbers = lax.bitcast_convert_type(code.astype(jnp.uint8), self.format.dtype)
+        return jnp.where(self._is_nan, jnp.array(jnp.nan, self.format.dtype), numbers), self.scale
+
+    @property
+    def _is_nan(self) -> jax.Array:
+        return self.index == jnp.iinfo(self.index.dtype).min
 
     def __repr__(self) -> str:
         bits = f" + {self.fraction_bits} bits" if self.fraction_bits else ""
@@ -134,14 +143,16 @@ def to_grid(
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
             numbers and arrays that broadcast against the leaves. Default: for every row (all but the last axis) the
             smallest that leaves a factor of two between the largest magnitude and the largest number; a row of
-            zeros gets that of the largest row, an array of zeros that of 1.
+            zeros gets that of the largest row, an array of zeros that of 1; a GridArray of the same format keeps
+            its own.
 
     Returns:
         The tree with GridArrays in the places chosen and its other leaves untouched.
 
     Raises:
         ValueError: If there is no such format, it has more than 16 bits, an index would need more than 2**24 steps,
-            a scale is not a power of two, an element is not finite or would saturate, or nothing was chosen.
+            a scale is not a normal power of two of float32 or does not broadcast, an element is not finite or would
+            saturate, or nothing was chosen.
         TypeError: If a chosen leaf is not of a floating dtype, or `fraction_bits` is no integer.
 
     Example:
@@ -154,26 +165,27 @@ def to_grid(
     format = as_format(format)
     if format.bits > 16:
         raise ValueError(f"to_grid stores formats of up to 16 bits, got {format.name}.")
-    dtype = _index_dtype(format, fraction_bits)
+    fraction_bits, dtype = _index_dtype(format, fraction_bits)
     chosen = _chosen(params, where)
     scales = _scales(params, scale)
 
     def leaf(path, x, choice, scale):
+        if not isinstance(choice, bool | np.bool):
+            raise TypeError(f"where must be a bool at params{jax.tree_util.keystr(path)}, got {choice!r}.")
         if not choice:
             return x
-        x = x.value(full=True) if is_grid_array(x) else x
+        if is_grid_array(x):
+            scale = x.scale if scale is None and x.format == format else scale
+            x = x.value(full=True)
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             raise TypeError(
                 f"to_grid stores leaves of a floating dtype, got {jnp.result_type(x)} at "
                 f"params{jax.tree_util.keystr(path)}: leave it out with `where`."
             )
         x = as_real(x)
-        scale = _row_scale(x, format) if scale is None else jnp.asarray(scale, jnp.float32)
-        if scale.ndim:
-            scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+        scale = _row_scale(x, format) if scale is None else _broadcast_scale(path, scale, x.shape)
         _check_reach(path, x, scale, format)
-        index = nearest_index(x / scale, format.refined(fraction_bits)).astype(dtype)
-        return GridArray(index, scale, format, fraction_bits)
+        return GridArray(encoded(x / scale, format.refined(fraction_bits), dtype), scale, format, fraction_bits)
 
     return jax.tree.map_with_path(leaf, params, chosen, scales, is_leaf=is_grid_array)
 
@@ -233,6 +245,16 @@ def signed_steps(updates: Any, params: Any) -> Any:
     return jax.tree.map(leaf, updates, params, is_leaf=is_grid_array)
 
 
+def encoded(x: jax.Array, grid: FloatFormat, dtype: Any) -> jax.Array:
+    """Indices of the nearest numbers of a grid, in an integer dtype; of what is not finite the index of NaN."""
+    return with_nan(nearest_index(x, grid), x, dtype)
+
+
+def with_nan(index: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts indices to an integer dtype; where x, which they round, is not finite, the index of NaN."""
+    return jnp.where(jnp.isfinite(x), index.astype(dtype), jnp.iinfo(dtype).min)
+
+
 def _decoded(index: jax.Array, grid: FloatFormat) -> jax.Array:
     """The numbers of a grid at signed indices, float32."""
     index = index.astype(jnp.int32)
@@ -249,7 +271,8 @@ def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:
     return whole + ((rest > half) | ((rest == half) & (whole % 2 == 1)))
 
 
-def _index_dtype(format: FloatFormat, fraction_bits: int) -> np.dtype:
+def _index_dtype(format: FloatFormat, fraction_bits: int) -> tuple[int, np.dtype]:
+    """The fraction bits as an int, and the smallest dtype for the indices."""
     try:
         fraction_bits = operator.index(fraction_bits)
     except TypeError:
@@ -261,7 +284,8 @@ def _index_dtype(format: FloatFormat, fraction_bits: int) -> np.dtype:
             f"an index must not exceed 2**24, which float32 counts to: {format.name} has {format.max_index} numbers "
             f"and takes up to {int(math.log2(2**24 / format.max_index))} fraction_bits, got {fraction_bits}."
         )
-    return next(np.dtype(dtype) for dtype in ("int8", "int16", "int32") if largest <= np.iinfo(dtype).max)
+    dtype = next(np.dtype(dtype) for dtype in ("int8", "int16", "int32") if largest <= np.iinfo(dtype).max)
+    return fraction_bits, dtype
 
 
 def _chosen(params: Any, where: Any) -> Any:
@@ -282,12 +306,24 @@ def _is_matrix(leaf: Any) -> bool:
 
 def _scales(params: Any, scale: Any) -> Any:
     """A scale for every leaf, None for the default."""
-    if scale is None or (not isinstance(scale, dict | list | tuple) and jax.tree.structure(scale).num_leaves == 1):
+    if scale is None or jax.tree_util.treedef_is_leaf(jax.tree.structure(scale)):
         scale = jax.tree.map(lambda leaf: scale, params, is_leaf=is_grid_array)
     for one in jax.tree.leaves(scale):
-        if not isinstance(one, jax.core.Tracer) and not np.all(np.frexp(np.asarray(one, np.float64))[0] == 0.5):
-            raise ValueError(f"scale must be a power of two, got {one}.")
+        if not isinstance(one, jax.core.Tracer):
+            mantissa, exponent = np.frexp(np.asarray(one, np.float64))
+            if not np.all((mantissa == 0.5) & (exponent >= -125) & (exponent <= 128)):
+                raise ValueError(f"scale must be a power of two from 2**-126 to 2**127, got {one}.")
     return scale
+
+
+def _broadcast_scale(path: tuple, scale: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Gives a scale the dimensions of its array, so that both can be stacked, sliced and sharded together."""
+    given = jnp.shape(scale)
+    if not fits(given, shape):
+        raise ValueError(f"scale must broadcast to {shape}, got shape {given} at params{jax.tree_util.keystr(path)}.")
+    if not given or given[-1] == 1:
+        return jnp.array(jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (*shape[:-1], 1)[: len(shape)]))
+    return jnp.array(scale, jnp.float32).reshape((1,) * (len(shape) - len(given)) + given)
 
 
 def _check_reach(path: tuple, x: jax.Array, scale: jax.Array, format: FloatFormat) -> None:

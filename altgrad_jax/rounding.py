@@ -155,7 +155,7 @@ def power_of_two_scale(x: jax.typing.ArrayLike, format: Any, axis: int | tuple[i
 
 @compiled
 def nearest_index(x: jax.Array, format: FloatFormat) -> jax.Array:
-    """Index, int32, of the nearest number of a format, ties to even; 0 for NaN."""
+    """Index, int32, of the nearest number of a format, ties to even; meaningless for NaN, which has none."""
     index, fraction = _lower_index(x, format)
     # The parity of the index, not of its steps: with mantissa_bits == 0 the base they are added to can be odd.
     up = (fraction > 0.5) | ((fraction == 0.5) & (index % 2 == 1))

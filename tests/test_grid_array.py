@@ -53,8 +53,10 @@ class TestEveryIndex:
         np.testing.assert_array_equal(again.index, np.where(kept, q.index, 0))
         assert again.index.dtype == q.index.dtype
         assert (again.format, again.fraction_bits) == (q.format, q.fraction_bits)
-        encoded = ag.to_grid(q, name, fraction_bits=fraction_bits, scale=q.scale, where=lambda path, leaf: True)
-        chex.assert_trees_all_equal(encoded, again)
+        for arguments in ({"scale": q.scale}, {}):  # A GridArray of the same format keeps its scale.
+            encoded = ag.to_grid(q, name, fraction_bits=fraction_bits, where=lambda path, leaf: True, **arguments)
+            chex.assert_trees_all_equal(encoded.index, again.index)
+            assert (encoded.scale == q.scale).all()
 
     def test_without_its_fraction_is_the_nearest_number_of_the_format(self, name, fraction_bits):
         q = every_index(name, fraction_bits, scale=1.0)
@@ -110,6 +112,23 @@ class TestStorage:
         stored = ag.to_grid({"a": jnp.ones((2, 2)), "b": jnp.ones(2)}, where=where)
         assert not isinstance(stored["a"], ag.GridArray)
         assert stored["b"].scale.shape == (1,)
+
+    def test_scale_has_the_dimensions_of_the_array_and_is_its_own(self):
+        one = jnp.float32(0.5)
+        q = ag.to_grid({"a": jnp.ones((2, 3, 4)), "b": jnp.ones((2, 4))}, "E2M5", scale=one)
+        assert (q["a"].scale.shape, q["b"].scale.shape) == ((2, 3, 1), (2, 1))
+        again = ag.to_grid(
+            ag.from_grid(q), "E2M5", scale=jax.tree.map(lambda x: x.scale, q, is_leaf=lambda x: hasattr(x, "scale"))
+        )
+        jax.jit(lambda tree: tree, donate_argnums=0)(again)
+        np.testing.assert_array_equal(ag.from_grid(q)["b"], jnp.ones((2, 4)))
+        jax.jit(lambda tree: tree, donate_argnums=0)(q)
+        assert one == 0.5
+
+    def test_stacks(self):
+        a, b = (ag.to_grid(jnp.ones((2, 2)), scale=scale) for scale in (0.5, 0.25))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b)
+        np.testing.assert_array_equal(ag.from_grid(stacked), jnp.ones((2, 2, 2)))
 
     def test_of_other_dtypes(self):
         for dtype in (jnp.bfloat16, jnp.float16):
@@ -198,8 +217,14 @@ class TestBadInput:
             ),
             ({"fraction_bits": -1}, ValueError, r"fraction_bits must be in \[0, 24\], got -1"),
             ({"fraction_bits": 0.5}, TypeError, "fraction_bits must be an integer, got 0.5"),
-            ({"scale": 0.3}, ValueError, "scale must be a power of two, got 0.3"),
-            ({"scale": -1.0}, ValueError, "scale must be a power of two, got -1.0"),
+            ({"scale": 0.3}, ValueError, "scale must be a power of two from .*, got 0.3"),
+            ({"scale": -1.0}, ValueError, "scale must be a power of two from .*, got -1.0"),
+            ({"scale": 2.0**200}, ValueError, "power of two from 2\\*\\*-126 to 2\\*\\*127, got 1.6"),
+            ({"scale": 2.0**-140}, ValueError, "power of two from 2\\*\\*-126 to 2\\*\\*127, got 7.1"),
+            ({"scale": np.ones((3, 1))}, ValueError, r"scale must broadcast to \(2, 2\), got shape \(3, 1\)"),
+            ({"scale": np.ones((1, 2, 1))}, ValueError, r"scale must broadcast to \(2, 2\), got shape \(1, 2, 1\)"),
+            ({"where": {"w": 1, "n": False}}, TypeError, r"where must be a bool at params\['w'\], got 1"),
+            ({"fraction_bits": np.int64(18)}, ValueError, "takes up to 17 fraction_bits, got 18"),
             ({"scale": 2.0**-10}, ValueError, r"params\['w'\] is not finite or exceeds 448.0 times its scale: clip it"),
             ({"where": lambda path, leaf: False}, ValueError, "given nothing to store"),
             ({"where": {"w": True, "n": True}}, TypeError, r"floating dtype, got int32 at params\['n'\]: leave it out"),
