@@ -107,7 +107,8 @@ class GridArray:
 
     @property
     def _is_nan(self) -> jax.Array:
-        return self.index == jnp.iinfo(self.index.dtype).min
+        # In int32, in which the numbers are decoded too: a comparison in int8 takes TPUs a kernel of its own.
+        return self.index.astype(jnp.int32) == jnp.iinfo(self.index.dtype).min
 
     def __repr__(self) -> str:
         bits = f" + {self.fraction_bits} bits" if self.fraction_bits else ""
@@ -252,7 +253,8 @@ def encoded(x: jax.Array, grid: FloatFormat, dtype: Any) -> jax.Array:
 
 def with_nan(index: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     """Casts indices to an integer dtype; where x, which they round, is not finite, the index of NaN."""
-    return jnp.where(jnp.isfinite(x), index.astype(dtype), jnp.iinfo(dtype).min)
+    # Chosen before the cast: a choice in int8 takes TPUs a kernel of its own, twice the traffic of a step.
+    return jnp.where(jnp.isfinite(x), index, jnp.iinfo(dtype).min).astype(dtype)
 
 
 def _decoded(index: jax.Array, grid: FloatFormat) -> jax.Array:
