@@ -187,8 +187,9 @@ def _headroom(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]
 
     Also counts the elements that this has to round, and those that are at the largest number.
     """
-    # In int32, as the magnitude of NaN's index has no place in its dtype.
-    magnitude = jnp.abs(param.index.astype(jnp.int32))
+    index = param.index.astype(jnp.int32)
+    # NaN, the most negative index, takes no part: its row goes on as if it were 0.
+    magnitude = jnp.where(index == jnp.iinfo(param.index.dtype).min, 0, jnp.abs(index))
     shared = [axis for axis in range(param.ndim) if param.scale.shape[axis] == 1]
     largest = jnp.max(magnitude, axis=shared, keepdims=True, initial=0)
     half = nearest_index(jnp.float32(param.format.max / 2), param.grid)
@@ -196,7 +197,8 @@ def _headroom(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]
     # No further than float32 reaches.
     grow = jnp.where(grow * param.scale < 2.0**126, grow, 1.0).astype(param.scale.dtype)
     shrunk = dataclasses.replace(param, scale=1 / grow).value(full=True)
-    rounded = jnp.sum(round_nearest(shrunk, param.grid) != shrunk, dtype=jnp.uint32)
+    lost = jnp.abs(round_nearest(shrunk, param.grid) - shrunk) > 0  # False for NaN.
+    rounded = jnp.sum(lost, dtype=jnp.uint32)
     return grow, (rounded, jnp.sum(magnitude == param.grid.max_index, dtype=jnp.uint32))
 
 

@@ -210,6 +210,37 @@ class TestRescale:
         steps = np.asarray(ag.signed_steps(updates, params))
         np.testing.assert_array_equal(steps, 0)
 
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    def test_rounds_to_even_where_nothing_moves(self, rounding):
+        values = jnp.concatenate([jnp.array([240.0]), jnp.full(64, 3 * 2.0**-9), jnp.full(64, 2.0**-9)])[None]
+        params, tx = ag.to_grid(values, scale=1.0), ag.on_grid(optax.scale(1.0), rounding=rounding)
+        updates, state = tx.update(jnp.zeros(values.shape), tx.init(params), params)
+        after = ag.from_grid(optax.apply_updates(params, updates))[0]
+        np.testing.assert_array_equal(after[1:65], 4 * 2.0**-9)
+        np.testing.assert_array_equal(after[65:], 0.0)
+        assert state.rescale_rounded == 128
+
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    def test_leaves_the_row_of_a_nan_alone(self, rounding):
+        params = ag.to_grid(jnp.array([[0.5, -0.01, 0.3, 1.0]]))
+        tx = ag.on_grid(optax.scale(1.0), rounding=rounding)
+        state, bad = tx.init(params), jnp.array([[jnp.nan, 0.0, 0.0, 0.0]])
+        expected = np.asarray(ag.from_grid(params)).copy()
+        expected[0, 0] = np.nan
+        for _ in range(9):  # With looks at 0, 1, 2, 4 and 8.
+            updates, state = tx.update(bad, state, params)
+            params = optax.apply_updates(params, updates)
+            bad = jnp.zeros((1, 4))
+        np.testing.assert_array_equal(ag.from_grid(params), expected)
+        assert state.rescale_rounded == state.saturated == 0
+
+    def test_feeds_back_nothing_of_what_saturates(self):
+        params = ag.to_grid(jnp.ones((1, 1)), scale=2.0**-8)  # Ends at 1.75.
+        tx = ag.on_grid(optax.scale(1.0), rounding="nearest", feedback="momentum")
+        state = tx.init(params)._replace(grid_step=jnp.uint32(3))
+        _, state = tx.update(jnp.full((1, 1), 50.0), state, params)
+        np.testing.assert_allclose(state.momentum, [[5.0]], rtol=1e-6)
+
     def test_is_exact_with_a_fraction_bit_to_spare(self):
         params, tx = self.outgrown(fraction_bits=1), ag.on_grid(optax.scale(1.0))
         updates, state = tx.update(jnp.zeros((2, 6)), tx.init(params), params)
