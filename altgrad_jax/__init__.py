@@ -3,19 +3,23 @@
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import nextafter, position, spacing, value
 from altgrad_jax.grid_array import GridArray, from_grid, signed_steps, to_grid
-from altgrad_jax.optimizers import manifold_adamw
+from altgrad_jax.moments import CompressedState, compress_state
+from altgrad_jax.optimizers import grid_adamw, manifold_adamw
 from altgrad_jax.rounding import fake_quantize, power_of_two_scale, round_nearest, round_stochastic
 from altgrad_jax.stiffness import UlpPositionState, stiffness_precondition, track_ulp_position
 from altgrad_jax.storage import OnGridState, on_grid
 
 __all__ = [
+    "CompressedState",
     "FloatFormat",
     "GridArray",
     "OnGridState",
     "UlpPositionState",
     "as_format",
+    "compress_state",
     "fake_quantize",
     "from_grid",
+    "grid_adamw",
     "manifold_adamw",
     "nextafter",
     "on_grid",

@@ -17,6 +17,9 @@ from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import as_real, magnitude_at
 from altgrad_jax.rounding import nearest_index, power_of_two_scale
 
+# Steps between two looks at the largest element under every scale: one pass over the stored arrays each.
+RESCALE_PERIOD = 64
+
 _HARDWARE_FORMATS = (
     "float8_e4m3fn float8_e5m2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz"
 )
@@ -108,7 +111,7 @@ class GridArray:
     @property
     def _is_nan(self) -> jax.Array:
         # In int32, in which the numbers are decoded too: a comparison in int8 takes TPUs a kernel of its own.
-        return self.index.astype(jnp.int32) == jnp.iinfo(self.index.dtype).min
+        return self.index.astype(jnp.int32) == nan_index(self.index.dtype)
 
     def __repr__(self) -> str:
         bits = f" + {self.fraction_bits} bits" if self.fraction_bits else ""
@@ -184,7 +187,7 @@ def to_grid(
                 f"params{jax.tree_util.keystr(path)}: leave it out with `where`."
             )
         x = as_real(x)
-        scale = _row_scale(x, format) if scale is None else _broadcast_scale(path, scale, x.shape)
+        scale = row_scale(x, format) if scale is None else _broadcast_scale(path, scale, x.shape)
         _check_reach(path, x, scale, format)
         return GridArray(encoded(x / scale, format.refined(fraction_bits), dtype), scale, format, fraction_bits)
 
@@ -251,10 +254,30 @@ def encoded(x: jax.Array, grid: FloatFormat, dtype: Any) -> jax.Array:
     return with_nan(nearest_index(x, grid), x, dtype)
 
 
+def nan_index(dtype: Any) -> int:
+    """The index that stands for NaN: the most negative one, or without a sign the largest."""
+    info = jnp.iinfo(dtype)
+    return int(info.min if info.min < 0 else info.max)
+
+
 def with_nan(index: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     """Casts indices to an integer dtype; where x, which they round, is not finite, the index of NaN."""
     # Chosen before the cast: a choice in int8 takes TPUs a kernel of its own, twice the traffic of a step.
-    return jnp.where(jnp.isfinite(x), index, jnp.iinfo(dtype).min).astype(dtype)
+    return jnp.where(jnp.isfinite(x), index, nan_index(dtype)).astype(dtype)
+
+
+def row_scale(x: jax.Array, format: FloatFormat, headroom: float = 2.0) -> jax.Array:
+    """Per row the smallest power of two under which the largest finite element can grow by a factor."""
+    axis = -1 if x.ndim else ()
+    amax = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), axis=axis, keepdims=True, initial=0.0)
+    largest = jnp.max(amax, initial=0.0)
+    amax = jnp.where(amax == 0, jnp.where(largest == 0, 1.0, largest), amax)
+    return power_of_two_scale(headroom * amax, format, axis=axis).astype(jnp.float32)
+
+
+def rescale_due(step: jax.Array) -> jax.Array:
+    """Whether a step looks at the scales: at the start after 1, 2, 4, ... steps, then once in every period."""
+    return (step % RESCALE_PERIOD == 0) | ((step < RESCALE_PERIOD) & (step & (step - 1) == 0))
 
 
 def _decoded(index: jax.Array, grid: FloatFormat) -> jax.Array:
@@ -337,12 +360,3 @@ def _check_reach(path: tuple, x: jax.Array, scale: jax.Array, format: FloatForma
             f"params{jax.tree_util.keystr(path)} is not finite or exceeds {format.max} times its scale: clip it first, "
             "or leave the scale to to_grid."
         )
-
-
-def _row_scale(x: jax.Array, format: FloatFormat) -> jax.Array:
-    """Per row the smallest power of two that leaves a factor of two of headroom."""
-    axis = -1 if x.ndim else ()
-    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
-    largest = jnp.max(amax, initial=0.0)
-    amax = jnp.where(amax == 0, jnp.where(largest == 0, 1.0, largest), amax)
-    return power_of_two_scale(2 * amax, format, axis=axis).astype(jnp.float32)

@@ -6,7 +6,9 @@ from typing import Any
 import optax
 
 from altgrad_jax._checks import check_bool, check_number
+from altgrad_jax.moments import compress_state
 from altgrad_jax.stiffness import stiffness_precondition, track_ulp_position
+from altgrad_jax.storage import on_grid
 
 
 def manifold_adamw(
@@ -90,3 +92,82 @@ def manifold_adamw(
         optax.scale_by_learning_rate(learning_rate),
         track_ulp_position(format),
     )
+
+
+def grid_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    *,
+    moments: str = "8bit",
+    rounding: str = "stochastic",
+    feedback: str | None = "momentum",
+    seed: int = 0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW for parameters stored on a grid, without a float32 copy and with its moments in one byte each.
+
+    With `feedback="momentum"` the chain
+
+        compress_state(on_grid(chain(scale_by_rms -> add_decayed_weights -> scale_by_learning_rate), momentum=b1))
+
+    that is AdamW with the momentum behind the division by the root of the second moment and behind the weight decay
+    and the learning rate, where it carries what rounding loses; without feedback
+    `compress_state(on_grid(optax.adamw))`. The same works around any other optimizer.
+
+    Args:
+        learning_rate: A number >= 0 or a schedule.
+        b1: Decay rate of the momentum, in [0, 1); in (0, 1) with feedback.
+        b2: Decay rate of the second moment, in [0, 1).
+        eps: Added to the root of the second moment, >= 0.
+        weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
+        moments: "8bit", or "float32" without `compress_state`.
+        rounding: "stochastic" or "nearest", as in `on_grid`.
+        feedback: "momentum", or None: as in `on_grid`. For parameters with 8 fraction bits None does as well.
+        seed: Of the random bits, as in `on_grid`.
+        mask: Which leaves decay, as in `optax.adamw`: a tree of booleans or a function from parameters to one.
+
+    Returns:
+        A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
+
+    Raises:
+        ValueError: If an argument is out of bounds.
+        TypeError: If an argument is of the wrong type.
+
+    References:
+        Ziyin, Wang, Ueda (2020), LaProp: Separating Momentum and Adaptivity in Adam, arXiv 2002.04839. Loshchilov,
+        Hutter (2019), Decoupled Weight Decay Regularization, arXiv 1711.05101.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp, optax
+        >>> params = ag.to_grid({"kernel": jnp.array([[0.5, -1.0]])})
+        >>> tx = ag.grid_adamw(0.1)
+        >>> grads = {"kernel": jnp.array([[1.0, -1.0]])}   # with respect to ag.from_grid(params)
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> ag.from_grid(optax.apply_updates(params, updates))["kernel"].shape
+        (1, 2)
+    """
+    if moments not in ("8bit", "float32"):
+        raise ValueError(f"moments must be '8bit' or 'float32', got {moments!r}.")
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, "[0, inf)")
+    check_number("b1", b1, "(0, 1)" if feedback else "[0, 1)")
+    check_number("b2", b2, "[0, 1)")
+    check_number("eps", eps, "[0, inf)")
+    check_number("weight_decay", weight_decay, "[0, inf)")
+    tx = on_grid(
+        optax.chain(
+            optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
+            if feedback
+            else optax.scale_by_adam(b1, b2, eps),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
+        rounding=rounding,
+        feedback=feedback,
+        momentum=b1 if feedback else None,
+        seed=seed,
+    )
+    return compress_state(tx, seed=seed) if moments == "8bit" else tx

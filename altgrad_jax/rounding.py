@@ -1,6 +1,7 @@
 """How a real number becomes one of the numbers of a format."""
 
 import functools
+import zlib
 from typing import Any
 
 import jax
@@ -215,6 +216,13 @@ def _fake_quantize_jvp(format, primals, tangents):
     x, scale = primals
     inside = jnp.abs(x / scale) <= format.max
     return _fake_quantize(format, x, scale), jnp.where(inside, tangents[0], 0)
+
+
+def leaf_words(seed: jax.typing.ArrayLike, path: tuple, step: jax.Array) -> jax.Array:
+    """Two words that key the random bits of the leaf at a key path of a tree, at a step. uint32, `[2]`."""
+    # Not Python's hash, which differs from process to process.
+    leaf = jnp.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
+    return jnp.stack([mix(mix(jnp.asarray(seed, jnp.uint32)) ^ leaf), mix(mix(step + leaf) ^ jnp.uint32(0x9E3779B9))])
 
 
 def mix(x: jax.Array) -> jax.Array:

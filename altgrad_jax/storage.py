@@ -1,7 +1,6 @@
 """Any Optax transformation, for parameters that are stored on a grid."""
 
 import dataclasses
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +9,8 @@ import optax
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
 from altgrad_jax.grid import as_real
-from altgrad_jax.grid_array import GridArray, from_grid, is_grid_array, with_nan
-from altgrad_jax.rounding import mix, nearest_index, random_bits, round_nearest, stochastic_index
-
-# Steps between two looks at the largest index of every scale: one byte per weight and look.
-RESCALE_PERIOD = 64
+from altgrad_jax.grid_array import GridArray, from_grid, is_grid_array, nan_index, rescale_due, with_nan
+from altgrad_jax.rounding import leaf_words, nearest_index, random_bits, round_nearest, stochastic_index
 
 
 class OnGridState(NamedTuple):
@@ -130,8 +126,8 @@ def on_grid(
         rounded, saturated = state.rescale_rounded, state.saturated
         for i, (path, param) in enumerate(with_path):
             if is_grid_array(param):
-                words = _words(seed, path, state.grid_step) if rounding == "stochastic" else None
-                steps[i], errors[i], counts = stored(param, steps[i], words, _looks(state.grid_step))
+                words = leaf_words(seed, path, state.grid_step) if rounding == "stochastic" else None
+                steps[i], errors[i], counts = stored(param, steps[i], words, rescale_due(state.grid_step))
                 rounded, saturated = rounded + counts[0], saturated + counts[1]
             elif feedback:
                 steps[i] = steps[i].astype(tree.flatten_up_to(dtypes)[i])
@@ -177,11 +173,6 @@ def stored(
     return dataclasses.replace(param, index=step, scale=scale - param.scale), error, counts
 
 
-def _looks(step: jax.Array) -> jax.Array:
-    """Whether a step looks at the headroom: at the start after 1, 2, 4, ... steps, then once in every period."""
-    return (step % RESCALE_PERIOD == 0) | ((step < RESCALE_PERIOD) & (step & (step - 1) == 0))
-
-
 def _headroom(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """By what to grow every scale: by 2 where an element is beyond half of the largest number, by 4 where it is there.
 
@@ -189,7 +180,7 @@ def _headroom(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]
     """
     index = param.index.astype(jnp.int32)
     # NaN, the most negative index, takes no part: its row goes on as if it were 0.
-    magnitude = jnp.where(index == jnp.iinfo(param.index.dtype).min, 0, jnp.abs(index))
+    magnitude = jnp.where(index == nan_index(param.index.dtype), 0, jnp.abs(index))
     shared = [axis for axis in range(param.ndim) if param.scale.shape[axis] == 1]
     largest = jnp.max(magnitude, axis=shared, keepdims=True, initial=0)
     half = nearest_index(jnp.float32(param.format.max / 2), param.grid)
@@ -204,13 +195,6 @@ def _headroom(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]
 
 def _no_look(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return jnp.ones_like(param.scale), (jnp.uint32(0), jnp.uint32(0))
-
-
-def _words(seed: jax.typing.ArrayLike, path: tuple, step: jax.Array) -> jax.Array:
-    """Two words that key the random bits of a leaf at a step."""
-    # Not Python's hash, which differs from process to process.
-    leaf = jnp.uint32(zlib.crc32(jax.tree_util.keystr(path).encode()))
-    return jnp.stack([mix(mix(jnp.asarray(seed, jnp.uint32)) ^ leaf), mix(mix(step + leaf) ^ jnp.uint32(0x9E3779B9))])
 
 
 def _check_update(updates: Any, params: Any) -> Any:

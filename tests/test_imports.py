@@ -18,6 +18,7 @@ FLOORS = {
     "grid_array": 3,
     "stiffness": 4,
     "storage": 4,
+    "moments": 4,
     "optimizers": 5,
     "flax_support": 6,
 }
