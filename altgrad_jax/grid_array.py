@@ -14,7 +14,7 @@ from jax import lax
 
 from altgrad_jax._checks import check_number, fits
 from altgrad_jax.formats import FloatFormat, as_format
-from altgrad_jax.grid import as_real, magnitude_at
+from altgrad_jax.grid import as_real, number_at
 from altgrad_jax.rounding import nearest_index, power_of_two_scale
 
 # Steps between two looks at the largest element under every scale: one pass over the stored arrays each.
@@ -83,9 +83,9 @@ class GridArray:
     def value(self, dtype: Any = jnp.float32, *, full: bool = False) -> jax.Array:
         """The numbers, as `from_grid` gives them."""
         if full or self.fraction_bits == 0:
-            numbers = _decoded(self.index, self.grid)
+            numbers = decoded(self.index, self.grid)
         else:
-            numbers = _decoded(_whole_index(self.index, self.fraction_bits), self.format)
+            numbers = decoded(_whole_index(self.index, self.fraction_bits), self.format)
         return jnp.where(self._is_nan, jnp.nan, numbers * self.scale).astype(dtype)
 
     def fp8(self) -> tuple[jax.Array, jax.Array]:
@@ -280,11 +280,9 @@ def rescale_due(step: jax.Array) -> jax.Array:
     return (step % RESCALE_PERIOD == 0) | ((step < RESCALE_PERIOD) & (step & (step - 1) == 0))
 
 
-def _decoded(index: jax.Array, grid: FloatFormat) -> jax.Array:
+def decoded(index: jax.Array, grid: FloatFormat) -> jax.Array:
     """The numbers of a grid at signed indices, float32."""
-    index = index.astype(jnp.int32)
-    magnitude = magnitude_at(jnp.abs(index), jnp.zeros(index.shape, jnp.float32), grid)
-    return jnp.where(index < 0, -magnitude, magnitude)
+    return number_at(index.astype(jnp.int32), grid)
 
 
 def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:

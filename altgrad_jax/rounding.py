@@ -159,16 +159,16 @@ def nearest_index(x: jax.Array, format: FloatFormat) -> jax.Array:
     """Index, int32, of the nearest number of a format, ties to even; meaningless for NaN, which has none."""
     index, fraction = _lower_index(x, format)
     # The parity of the index, not of its steps: with mantissa_bits == 0 the base they are added to can be odd.
-    up = (fraction > 0.5) | ((fraction == 0.5) & (index % 2 == 1))
-    return jnp.where(x < 0, -1, 1) * (index + up)
+    index += (fraction > 0.5) | ((fraction == 0.5) & (index & 1 == 1))
+    return jnp.where(x < 0, -index, index)
 
 
 @compiled
 def stochastic_index(x: jax.Array, bits: jax.Array, format: FloatFormat) -> jax.Array:
     """Index, int32, of a neighbour: the one away from zero where 24 random bits are below the rest of x in steps."""
     index, fraction = _lower_index(x, format)
-    up = bits.astype(x.dtype) < jnp.round(fraction * 2.0**24)
-    return jnp.where(x < 0, -1, 1) * (index + up)
+    index += bits.astype(jnp.int32).astype(x.dtype) < jnp.round(fraction * 2.0**24)
+    return jnp.where(x < 0, -index, index)
 
 
 @functools.partial(jax.jit, static_argnames="shape", inline=True)

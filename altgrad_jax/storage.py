@@ -9,7 +9,7 @@ import optax
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
 from altgrad_jax.grid import as_real
-from altgrad_jax.grid_array import GridArray, from_grid, is_grid_array, nan_index, rescale_due, with_nan
+from altgrad_jax.grid_array import GridArray, decoded, from_grid, is_grid_array, nan_index, rescale_due, with_nan
 from altgrad_jax.rounding import leaf_words, nearest_index, random_bits, round_nearest, stochastic_index
 
 
@@ -164,7 +164,7 @@ def stored(
         # Where nothing is to move, only a grown scale can leave a rest: nearest-even, not at random.
         chance = stochastic_index(target / scale, random_bits(words, target.shape), grid)
         index = jnp.where(move == 0, index, chance)
-    after = dataclasses.replace(param, index=index, scale=scale).value(full=True)
+    after = decoded(index, grid) * scale
     # Of the movement, as the sum has lost what is below its own float32 ULP; without what saturates, as a momentum
     # that carried it would wind up and overshoot.
     error = jnp.where(jnp.abs(target) <= grid.max * scale, move - (after - before), 0 * move)
