@@ -42,7 +42,8 @@ def compress_state(
 
     A leaf of the inner state is compressed if it lies under a named field of a state, at the path and in the shape of
     a parameter, is floating and has `min_size` elements. Everything else stays as it is. The inner transformation sees
-    float32 moments, and what it returns is rounded to GridArrays with a power-of-two scale per row: first moments to
+    float32 moments (from which it may make float32 updates of narrower parameters, as with `mu_dtype`), and what it
+    returns is rounded to GridArrays with a power-of-two scale per row: first moments to
     4 mantissa bits and a sign, in 7 normal binades and 2**-6 of steps below; second moments, which have no sign, to
     3 mantissa bits in 32 binades. Rounding is unbiased, as to nearest a moment freezes as soon as its relative
     change per step (0.001 for a decay of 0.999) is less than half a step; a nonzero second moment never becomes 0, and

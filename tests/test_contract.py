@@ -20,6 +20,7 @@ TRANSFORMATIONS = {
     "manifold_adamw": lambda eps: ag.manifold_adamw(1e-2, eps=eps),
     "manifold_adamw(format)": lambda eps: ag.manifold_adamw(1e-2, eps=eps, format="float8_e5m2"),
     "manifold_adamw(unaware)": lambda eps: ag.manifold_adamw(1e-2, eps=eps, manifold_aware=False),
+    "compress_state(adamw)": lambda eps: ag.compress_state(optax.adamw(1e-2, eps=eps), min_size=2),
     "after adam": lambda eps: optax.chain(
         optax.scale_by_adam(eps=eps),
         ag.stiffness_precondition(3),
@@ -28,7 +29,7 @@ TRANSFORMATIONS = {
     ),
 }
 EXACT = ("stiffness", "stiffness(format)", "tracker", "tracker(format)")
-TRACKING = [name for name in TRANSFORMATIONS if "stiffness" not in name]
+TRACKING = [name for name in TRANSFORMATIONS if "stiffness" not in name and "compress" not in name]
 
 
 @pytest.fixture(params=TRANSFORMATIONS)
@@ -72,10 +73,13 @@ class TestState:
         tx = TRANSFORMATIONS[name](1e-4 if dtype == jnp.float16 else 1e-8)
         params, gradients = params_and_gradients(dtype)
         state, update = tx.init(params), jax.jit(tx.update)
+        # From moments that it decodes to float32 Adam makes float32 updates, as with mu_dtype.
+        wide = dtype != jnp.float32 and name == "compress_state(adamw)"
         for _ in range(3):
             updates, new_state = update(gradients, state, params)
             assert_same_description(new_state, state)
-            assert_same_description(updates, gradients)
+            chex.assert_trees_all_equal_shapes(updates, gradients)
+            assert wide or jax.tree.all(jax.tree.map(lambda u, g: u.dtype == g.dtype, updates, gradients))
             chex.assert_tree_all_finite((updates, new_state))
             params, state = optax.apply_updates(params, updates), new_state
             assert_same_description(params, gradients)
@@ -135,6 +139,11 @@ class TestCompilation:
         params, gradients = params_and_gradients(dtype)
         _, state = tx.update(gradients, tx.init(params), params)
         eager, jitted = tx.update(gradients, state, params), jax.jit(tx.update)(gradients, state, params)
+        if name == "compress_state(adamw)":  # A moment that differs in its last bit may round the other way.
+            chex.assert_trees_all_close(eager[0], jitted[0], rtol=2e-2, atol=1e-5)
+            steps = lambda a, b: np.abs(np.int32(a) - np.int32(b)).max() <= 1  # noqa: E731
+            assert jax.tree.all(jax.tree.map(steps, eager[1], jitted[1]))
+            return
         if name in EXACT:
             chex.assert_trees_all_equal(eager, jitted)
             return

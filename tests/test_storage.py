@@ -26,6 +26,7 @@ VARIANTS = {
     "stochastic": lambda: ag.on_grid(ADAM()),
     "feedback": lambda: ag.on_grid(RMS(), feedback="momentum"),
     "nearest feedback": lambda: ag.on_grid(RMS(), rounding="nearest", feedback="momentum"),
+    "8-bit moments": lambda: ag.compress_state(ag.on_grid(RMS(), feedback="momentum"), min_size=1),
 }
 
 
