@@ -55,7 +55,7 @@ def compress_state(
 
     Works around any transformation, `on_grid` included, whose momentum is a first moment. Not for those that subtract
     the square of a first moment from a second (`optax.rmsprop(centered=True)`): the difference of two rounded numbers
-    can be negative.
+    can be negative. A field may hold what its name does not say: `nu` of `optax.sm3` is a first moment.
 
     Args:
         inner: The transformation whose state is compressed.
