@@ -1,5 +1,6 @@
 """Optax transformations for training on low-precision grids."""
 
+from altgrad_jax import diagnostics
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import nextafter, position, spacing, value
 from altgrad_jax.grid_array import GridArray, from_grid, signed_steps, to_grid
@@ -17,6 +18,7 @@ __all__ = [
     "UlpPositionState",
     "as_format",
     "compress_state",
+    "diagnostics",
     "fake_quantize",
     "from_grid",
     "grid_adamw",

@@ -174,6 +174,12 @@ def ulp(x: jax.Array, format: FloatFormat) -> jax.Array:
     return jnp.where(jnp.isnan(x), x, power_of_two(exponent, x.dtype))
 
 
+@compiled
+def scaled_ulp(w: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike) -> jax.Array:
+    """Spacing at w of a format whose numbers are multiplied by a scale; never below the smallest normal number."""
+    return jnp.maximum(scale * ulp(w / scale, format), jnp.finfo(w.dtype).tiny).astype(w.dtype)
+
+
 def ulp_exponent(x: jax.Array, format: FloatFormat) -> jax.Array:
     """log2 of the spacing at x, int32, also where the spacing itself is below the normal numbers of x's dtype."""
     return _binade(x, format) - format.mantissa_bits

@@ -1,6 +1,7 @@
 """Any Optax transformation, with its moments in 8 bits."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -120,7 +121,8 @@ def compress_state(
         return CompressedState(jnp.uint32(0), jnp.uint32(0), state)
 
     def update(updates, state, params=None, **extra_args):
-        leaves, tree = jax.tree_util.tree_flatten_with_path(state.inner_state, is_leaf=is_grid_array)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state.inner_state, is_leaf=_is_moment)
+        leaves = [(path, _joined(leaf) if _is_moment(leaf) else leaf) for path, leaf in leaves]
         stored = [(i, path, moment) for i, (path, moment) in enumerate(leaves) if is_grid_array(moment)]
 
         def inner_update():
@@ -175,6 +177,20 @@ def _rounded(moment: jax.Array, like: GridArray, words: jax.Array | None) -> Gri
         index = jnp.where(x > 0, jnp.maximum(index, 1), index)
         x = jnp.where(x < 0, jnp.nan, x)
     return dataclasses.replace(like, index=with_nan(index, x, like.index.dtype))
+
+
+def _is_moment(node: Any) -> bool:
+    """Whether a node of a state is a compressed moment, or what flax.nnx.Optimizer makes of one: a mapping."""
+    if isinstance(node, Mapping) and set(node) == {"index", "scale"}:
+        return getattr(node["index"], "dtype", None) in (jnp.int8, jnp.uint8)
+    return is_grid_array(node)
+
+
+def _joined(moment: GridArray | Mapping) -> GridArray:
+    if is_grid_array(moment):
+        return moment
+    index, scale = moment["index"], moment["scale"]
+    return GridArray(index, scale, SECOND if index.dtype == jnp.uint8 else FIRST, 0)
 
 
 def _names(argument: str, names: Any) -> tuple[str, ...]:

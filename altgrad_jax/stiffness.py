@@ -9,7 +9,7 @@ import optax
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
 from altgrad_jax.formats import FloatFormat, as_format, own_format
-from altgrad_jax.grid import as_real, compiled, floor_log2, power_of_two, ulp, ulp_exponent
+from altgrad_jax.grid import as_real, compiled, floor_log2, power_of_two, scaled_ulp, ulp_exponent
 from altgrad_jax.grid_array import from_grid, is_grid_array, signed_steps
 from altgrad_jax.rounding import round_nearest
 
@@ -196,12 +196,6 @@ def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:
     """Rounds to the dtype of another array: arithmetically, as XLA may remove a cast to a small dtype and back."""
     own = own_format(jnp.result_type(like))
     return round_nearest(x, own) if own.bits < 32 else x
-
-
-@compiled
-def scaled_ulp(w: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike) -> jax.Array:
-    """Spacing at w of a format whose numbers are multiplied by a scale; never below the smallest normal number."""
-    return jnp.maximum(scale * ulp(w / scale, format), jnp.finfo(w.dtype).tiny).astype(w.dtype)
 
 
 def _without_grid_arrays(tree: Any) -> Any:

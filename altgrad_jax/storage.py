@@ -78,7 +78,7 @@ def on_grid(
     Raises:
         ValueError: If an argument is out of bounds, if `momentum` comes without feedback, or, in the update, if no
             parameter is stored on a grid, gradients and parameters do not go together or the argument `value_fn` of
-            a line search is given.
+            a line search, or `grid_scale`, is given.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp, optax
@@ -110,6 +110,8 @@ def on_grid(
                 "on_grid cannot store the steps of a line search, got value_fn: the losses it compares lie between the "
                 "numbers of the grid. Use an optimizer that takes its step from the gradient."
             )
+        if "grid_scale" in extra_args:
+            raise ValueError("on_grid knows the scales of its parameters, got grid_scale: leave it out.")
         floats = _check_update(updates, params)
         scales = jax.tree.map(lambda p: p.scale if is_grid_array(p) else 1.0, params, is_leaf=is_grid_array)
         moves, inner_state = inner.update(updates, state.inner_state, floats, grid_scale=scales, **extra_args)

@@ -57,8 +57,27 @@ OPTIMIZERS = {
 # Their moments are in the fields that compress_state knows; those of sm3 are in others.
 COMPRESSED = {
     name: {}
-    for name in """adabelief adam adamax adamaxw adamw amsgrad lamb lars lion manifold_adamw nadam nadamw novograd radam
-    rmsprop yogi contrib.ademamix contrib.muon contrib.schedule_free_adamw""".split()
+    for name in (
+        "adabelief",
+        "adam",
+        "adamax",
+        "adamaxw",
+        "adamw",
+        "amsgrad",
+        "lamb",
+        "lars",
+        "lion",
+        "manifold_adamw",
+        "nadam",
+        "nadamw",
+        "novograd",
+        "radam",
+        "rmsprop",
+        "yogi",
+        "contrib.ademamix",
+        "contrib.muon",
+        "contrib.schedule_free_adamw",
+    )
 } | {"sgd momentum": {}, "sgd nesterov": {}, "sm3": {"first": ("nu",), "second": ()}}
 FORMAT = "float8_e4m3fn"
 

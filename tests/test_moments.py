@@ -1,4 +1,4 @@
-"""compress_state: moments in one byte, unbiased, never frozen, and everything else as the inner transformation left it."""
+"""compress_state: moments in one byte, unbiased and never frozen; all else as the inner transformation left it."""
 
 from fractions import Fraction
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import altgrad_jax as ag
 from altgrad_jax.moments import FIRST, SECOND
@@ -108,7 +109,8 @@ class TestSecondMoment:
         tx = ag.compress_state(optax.scale_by_rms(0.5), min_size=1)
         _, state = tx.update(g, tx.init(g), None)
         nu = state.inner_state.nu
-        assert (nu.value() > 0).all() and (nu.scale >= 2.0**-126).all()
+        assert (nu.value() > 0).all()
+        assert (nu.scale >= 2.0**-126).all()
 
     def test_that_is_negative_becomes_nan(self):
         tx = ag.compress_state(optax.trace(0.9), first=(), second=("trace",), min_size=1)
@@ -145,9 +147,11 @@ class TestScales:
         state = self.updated([gradient()])
         for moment, headroom in ((state.inner_state.mu, 4), (state.inner_state.nu, 256)):
             mantissa, _ = np.frexp(moment.scale)
-            assert (mantissa == 0.5).all() and moment.scale.shape == (64, 1)
+            assert (mantissa == 0.5).all()
+            chex.assert_shape(moment.scale, (64, 1))
             share = np.abs(moment.value()).max(axis=1, keepdims=True) * headroom / (moment.scale * moment.format.max)
-            assert (share <= 1 + 1 / 8).all() and (share > 0.4).all()
+            assert (share <= 1 + 1 / 8).all()
+            assert (share > 0.4).all()
 
     def test_change_only_at_a_look(self):
         g = jnp.ones((2, 4))
@@ -158,7 +162,8 @@ class TestScales:
     def test_count_what_saturates_in_between(self):
         g = jnp.ones((2, 4))
         state = self.updated([g, 1000 * g, 1000 * g], start=64)
-        assert (state.inner_state.mu.index == 127).all() and int(state.saturated) == 0
+        assert (state.inner_state.mu.index == 127).all()
+        assert int(state.saturated) == 0
         _, counted = ag.compress_state(optax.scale_by_adam(), min_size=1).update(
             g, state._replace(moment_step=jnp.uint32(128)), jnp.ones((2, 4))
         )
@@ -170,13 +175,14 @@ class TestScales:
             assert moment.scale[0] == moment.scale[1]
 
 
+PARAMS = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4), "deep": [{"mu": jnp.ones((4, 8))}]}
+
+
 class TestLeaves:
     """Moments of the shapes of parameters under the named fields, floating and large enough; nothing else."""
 
-    PARAMS = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4), "deep": [{"mu": jnp.ones((4, 8))}]}
-
     def compressed(self, tx, params=None, **arguments):
-        state = ag.compress_state(tx, **{"min_size": 32} | arguments).init(self.PARAMS if params is None else params)
+        state = ag.compress_state(tx, **{"min_size": 32} | arguments).init(PARAMS if params is None else params)
         found = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda leaf: isinstance(leaf, ag.GridArray))
         return [jax.tree_util.keystr(path) for path, leaf in found if isinstance(leaf, ag.GridArray)]
 
@@ -198,7 +204,7 @@ class TestLeaves:
 
     def test_of_on_grid(self):
         tx = ag.on_grid(RMS, feedback="momentum")
-        assert len(self.compressed(tx, ag.to_grid(self.PARAMS))) == 4
+        assert len(self.compressed(tx, ag.to_grid(PARAMS))) == 4
 
     def test_of_other_names(self):
         assert len(self.compressed(optax.adan(1e-3), first=("m", "v"), second=("n",))) == 6
@@ -212,11 +218,11 @@ class TestLeaves:
 
     def test_that_are_small_are_what_the_inner_transformation_makes_of_them(self):
         tx, adam = ag.compress_state(optax.adam(1e-2), min_size=32), optax.adam(1e-2)
-        g = jax.tree.map(lambda p: 0.1 * p, self.PARAMS)
-        state, plain = tx.init(self.PARAMS), adam.init(self.PARAMS)
+        g = jax.tree.map(lambda p: 0.1 * p, PARAMS)
+        state, plain = tx.init(PARAMS), adam.init(PARAMS)
         for _ in range(3):
-            updates, state = tx.update(g, state, self.PARAMS)
-            expected, plain = adam.update(g, plain, self.PARAMS)
+            updates, state = tx.update(g, state, PARAMS)
+            expected, plain = adam.update(g, plain, PARAMS)
         chex.assert_trees_all_equal(updates["bias"], expected["bias"])
         chex.assert_trees_all_equal(state.inner_state[0].nu["bias"], plain[0].nu["bias"])
         chex.assert_trees_all_close(updates["kernel"], expected["kernel"], rtol=0.15)
@@ -226,6 +232,32 @@ class TestLeaves:
         g = jnp.ones((4, 8))
         halves = [tx.update(g, tx.init(g), g, value=jnp.float32(value))[0] for value in (2.0, 1.0)]
         chex.assert_trees_all_close(halves[0], 2 * halves[1], rtol=1e-6)
+
+
+class TestNnxOptimizer:
+    """flax.nnx.Optimizer keeps the leaves of a GridArray in a mapping of its own, from the second update on."""
+
+    @pytest.mark.parametrize("stored", [False, True])
+    def test_trains(self, stored):
+        model = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+        if stored:
+            nnx.update(model, ag.to_grid(nnx.state(model, nnx.Param)))
+        tx = optax.adamw(3e-2)
+        tx = ag.compress_state(ag.on_grid(tx) if stored else tx, min_size=1)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        x = jax.random.normal(jax.random.key(0), (32, 16))
+
+        @nnx.jit
+        def step(model, optimizer):
+            graphdef, params = nnx.split(model, nnx.Param)
+            loss = lambda values: jnp.mean((nnx.merge(graphdef, values)(x) - x) ** 2)  # noqa: E731
+            value, gradients = jax.value_and_grad(loss)(ag.from_grid(params))
+            optimizer.update(model, gradients)
+            return value
+
+        losses = [float(step(model, optimizer)) for _ in range(30)]
+        assert losses[-1] < 0.5 * losses[0]
+        assert int(optax.tree.get(nnx.as_pure(optimizer.opt_state), "moment_step")) == 30
 
 
 class TestBytes:

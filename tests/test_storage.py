@@ -529,6 +529,8 @@ class TestBadInput:
         state = tx.init(params)
         with pytest.raises(ValueError, match="on_grid cannot store the steps of a line search, got value_fn"):
             tx.update(gradients, state, params, value_fn=lambda params: 0.0)
+        with pytest.raises(ValueError, match="knows the scales of its parameters, got grid_scale: leave it out"):
+            tx.update(gradients, state, params, grid_scale=1.0)
         with pytest.raises(ValueError, match="on_grid needs the parameters"):
             tx.update(gradients, state)
         with pytest.raises(
