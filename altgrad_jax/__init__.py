@@ -4,8 +4,9 @@ from altgrad_jax import diagnostics
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import nextafter, position, spacing, value
 from altgrad_jax.grid_array import GridArray, from_grid, signed_steps, to_grid
+from altgrad_jax.grid_steps import GridStepsState, scale_by_grid_steps
 from altgrad_jax.moments import CompressedState, compress_state
-from altgrad_jax.optimizers import grid_adamw, manifold_adamw
+from altgrad_jax.optimizers import grid_adamw, grid_sgd, manifold_adamw
 from altgrad_jax.rounding import fake_quantize, power_of_two_scale, round_nearest, round_stochastic
 from altgrad_jax.stiffness import UlpPositionState, stiffness_precondition, track_ulp_position
 from altgrad_jax.storage import OnGridState, on_grid
@@ -14,6 +15,7 @@ __all__ = [
     "CompressedState",
     "FloatFormat",
     "GridArray",
+    "GridStepsState",
     "OnGridState",
     "UlpPositionState",
     "as_format",
@@ -22,6 +24,7 @@ __all__ = [
     "fake_quantize",
     "from_grid",
     "grid_adamw",
+    "grid_sgd",
     "manifold_adamw",
     "nextafter",
     "on_grid",
@@ -29,6 +32,7 @@ __all__ = [
     "power_of_two_scale",
     "round_nearest",
     "round_stochastic",
+    "scale_by_grid_steps",
     "signed_steps",
     "spacing",
     "stiffness_precondition",

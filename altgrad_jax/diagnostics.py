@@ -237,8 +237,8 @@ def stable_rank(x: jax.Array) -> jax.Array:
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
-        >>> ag.diagnostics.stable_rank(jnp.diag(jnp.array([3.0, 2.0, 1.0])))
-        Array(1.5555557, dtype=float32)
+        >>> ag.diagnostics.stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0])))
+        Array(1.5, dtype=float32)
     """
     squares = _spectrum(x) ** 2
     return jnp.sum(squares, axis=-1) / jnp.max(squares, axis=-1)

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from altgrad_jax._checks import check_bool, check_number
+from altgrad_jax.grid_steps import on_values, scale_by_grid_steps
 from altgrad_jax.moments import compress_state
 from altgrad_jax.stiffness import stiffness_precondition, track_ulp_position
 from altgrad_jax.storage import on_grid
@@ -171,3 +172,58 @@ def grid_adamw(
         seed=seed,
     )
     return compress_state(tx, seed=seed) if moments == "8bit" else tx
+
+
+def grid_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    *,
+    max_steps: int = 10,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum that moves weights by whole grid steps, whatever their size: AltGrad's GridOptim, corrected.
+
+    The chain `optax.add_decayed_weights -> optax.trace -> optax.scale_by_learning_rate -> scale_by_grid_steps`: the
+    learning rate says how many steps a unit of the momentum is. Parameters that are no GridArrays are trained by the
+    same chain without its last part, that is by SGD with the same learning rate.
+
+    Args:
+        learning_rate: Grid steps per unit of momentum, a number >= 0 or a schedule.
+        momentum: Decay rate of the sum of the gradients, in [0, 1).
+        weight_decay: >= 0; its multiple of the weights, in real units, is added to the gradients.
+        max_steps: As in `scale_by_grid_steps`: bound of the steps of one update.
+        seed: As in `scale_by_grid_steps`.
+
+    Returns:
+        A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
+
+    Raises:
+        ValueError: If an argument is out of bounds.
+        TypeError: If an argument is of the wrong type.
+
+    References:
+        The AltGrad project, GridOptim.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp, optax
+        >>> params = ag.to_grid(jnp.array([[1.0, -0.5, 0.25, 2.0]]))
+        >>> tx = ag.grid_sgd(1.0)
+        >>> updates, state = tx.update(jnp.array([[2.0, -3.0, 0.0, 20.0]]), tx.init(params), params)
+        >>> ag.from_grid(optax.apply_updates(params, updates))
+        Array([[ 0.875  , -0.40625,  0.25   ,  0.875  ]], dtype=float32)
+    """
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, "[0, inf)")
+    check_number("momentum", momentum, "[0, 1)")
+    check_number("weight_decay", weight_decay, "[0, inf)")
+    return optax.chain(
+        on_values(
+            optax.chain(
+                optax.add_decayed_weights(weight_decay),
+                optax.trace(momentum),
+                optax.scale_by_learning_rate(learning_rate),
+            )
+        ),
+        scale_by_grid_steps(max_steps, seed=seed),
+    )

@@ -19,6 +19,7 @@ FLOORS = {
     "stiffness": 4,
     "storage": 4,
     "moments": 4,
+    "grid_steps": 4,
     "diagnostics": 4,
     "optimizers": 5,
     "flax_support": 6,
