@@ -266,13 +266,14 @@ def with_nan(index: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(x), index, nan_index(dtype)).astype(dtype)
 
 
-def row_scale(x: jax.Array, format: FloatFormat, headroom: float = 2.0) -> jax.Array:
-    """Per row the smallest power of two under which the largest finite element can grow by a factor."""
+def row_scale(x: jax.Array, format: FloatFormat) -> jax.Array:
+    """Per row the smallest power of two that leaves a factor of two of headroom."""
     axis = -1 if x.ndim else ()
-    amax = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0), axis=axis, keepdims=True, initial=0.0)
+    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
     largest = jnp.max(amax, initial=0.0)
     amax = jnp.where(amax == 0, jnp.where(largest == 0, 1.0, largest), amax)
-    return power_of_two_scale(headroom * amax, format, axis=axis).astype(jnp.float32)
+    doubled = jnp.minimum(2 * amax, jnp.finfo(x.dtype).max)
+    return power_of_two_scale(doubled, format, axis=axis).astype(jnp.float32)
 
 
 def rescale_due(step: jax.Array) -> jax.Array:

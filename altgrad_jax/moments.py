@@ -11,16 +11,22 @@ import optax
 from altgrad_jax._checks import check_number
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import as_real
-from altgrad_jax.grid_array import GridArray, is_grid_array, rescale_due, row_scale, with_nan
-from altgrad_jax.rounding import leaf_words, nearest_index, random_bits, stochastic_index
+from altgrad_jax.grid_array import RESCALE_PERIOD, GridArray, is_grid_array, nan_index, rescale_due, with_nan
+from altgrad_jax.rounding import leaf_words, nearest_index, power_of_two_scale, random_bits, stochastic_index
 
-# Four mantissa bits and a sign. Headroom of 4: between two looks a momentum grows with its learning rate.
-FIRST = as_format("E3M4")
-FIRST_HEADROOM = 4.0
-# No sign, so three mantissa bits and 32 binades: 2**8 of them headroom, the rest below the largest element of a row.
-# Up to 1.75 only, so that scales of tiny second moments stay normal numbers.
+# Three mantissa bits and 2**18 between the smallest and the largest number.
+FIRST = as_format("E4M3")
+# No sign, so three mantissa bits and 2**34. Up to 1.75 only, so that scales of tiny moments stay normal numbers.
 SECOND = FloatFormat("moment_e5m3", exponent_bits=5, mantissa_bits=3, bias=31, max=1.75)
-SECOND_HEADROOM = 256.0
+# By how much a moment can grow between two looks. The root of a second moment reaches further than a first moment, so
+# that no burst of gradients is cut off in the denominator alone.
+HEADROOM = {FIRST: 2.0**4, SECOND: 2.0**10}
+# By how much a scale shrinks at every fourth look, at most: after a thousand steps without gradients the next ones
+# should still fit.
+SHRINKAGE = {FIRST: 0.5, SECOND: 0.25}
+SHRINKAGE_PERIOD = 4 * RESCALE_PERIOD
+SMALLEST_SCALE = 2.0**-90
+DEFAULTS = ("mu", "trace", "momentum", "nu")
 
 
 class CompressedState(NamedTuple):
@@ -42,21 +48,30 @@ def compress_state(
     """Keeps the moments of an Optax transformation in one byte per element, rounded stochastically.
 
     A leaf of the inner state is compressed if it lies under a named field of a state, at the path and in the shape of
-    a parameter, is floating and has `min_size` elements. Everything else stays as it is. The inner transformation sees
-    float32 moments (from which it may make float32 updates of narrower parameters, as with `mu_dtype`), and what it
-    returns is rounded to GridArrays with a power-of-two scale per row: first moments to
-    4 mantissa bits and a sign, in 7 normal binades and 2**-6 of steps below; second moments, which have no sign, to
-    3 mantissa bits in 32 binades. Rounding is unbiased, as to nearest a moment freezes as soon as its relative
-    change per step (0.001 for a decay of 0.999) is less than half a step; a nonzero second moment never becomes 0, and
-    a negative one becomes NaN.
+    a parameter, is floating and has `min_size` elements. Everything else stays as it is: the moments of small leaves,
+    and those in fields of other names (`m1` and `m2` of `optax.contrib.ademamix`, `nu_max` of `optax.amsgrad`).
+
+    Moments become GridArrays with one power-of-two scale per leaf. First moments have 3 mantissa bits, a sign and a
+    range of 2**18; second moments have no sign, 3 mantissa bits and a range of 2**34. Rounding is unbiased, as to
+    nearest a moment freezes as soon as its relative change per step (0.001 for a decay of 0.999) is less than half a
+    step of its grid. It makes a second moment with decay 0.999 scatter by a fifth, and an element of a first moment
+    that is 2**14 times smaller than the largest of its leaf jump between 0 and the smallest number; behind the
+    division by the second moment, where `grid_adamw` has it, there are none such. A nonzero second moment never
+    becomes 0, and a negative one becomes NaN.
 
     At the start, after 1, 2, 4, 8, 16 and 32 steps and then every 64 steps the scales are chosen anew, such that a
-    first moment can grow 4 times and a second one 256 times. What grows further in between saturates until the next
-    look, which `saturated` counts.
+    first moment can grow 16 times until the next look and a second one 1024 times; every 256 steps (at the start, at
+    each look) they shrink to a half and a quarter at most, as gradients can pause. What grows further saturates until
+    the next look: `saturated` counts the elements that are still there then, which is a lower bound. For the scales, a step that looks runs the inner transformation twice.
 
     Works around any transformation, `on_grid` included, whose momentum is a first moment. Not for those that subtract
-    the square of a first moment from a second (`optax.rmsprop(centered=True)`): the difference of two rounded numbers
-    can be negative. A field may hold what its name does not say: `nu` of `optax.sm3` is a first moment.
+    the square of a first moment from a second, which rounding can make negative (`optax.rmsprop(centered=True)`), and
+    not for the largest of all second moments (`optax.amsgrad`), which grows with their scatter. A field may hold what
+    its name does not say: `nu` of `optax.sm3` is a first moment.
+
+    As with `on_grid`, lanes of `jax.vmap` and shards of `jax.shard_map` draw the same bits unless the seed is mapped
+    too. On other shardings XLA may contract products and sums differently: if a float32 moment differs in its last
+    bit, it can be rounded the other way.
 
     Args:
         inner: The transformation whose state is compressed.
@@ -64,28 +79,32 @@ def compress_state(
         second: Names of the state fields with nonnegative moments, under a root in a denominator.
         seed: Of the random bits, which are a function of the seed, the number of the step, the path of the leaf in
             the state and the position of the element alone.
-        min_size: Elements that a leaf must have.
+        min_size: Elements that a leaf must have; under `optax.inject_hyperparams` a static argument.
 
     Returns:
-        A transformation of the same updates; its update needs the parameters if the inner one does.
+        A transformation whose update needs the parameters if the inner one does. Without them the inner transformation
+        sees float32 moments, with them moments of the dtype that it gave them. With `optax.tree.map_params` give
+        `is_leaf=lambda leaf: isinstance(leaf, GridArray)` to map one value, such as a sharding, to a moment.
 
     Raises:
-        ValueError: If an argument is out of bounds, a name is in `first` and `second`, or, in `init`, if no state
-            field has any of the names or the state is compressed already.
-        TypeError: If `first` or `second` is not a sequence of names.
+        ValueError: If an argument is out of bounds, a name is in `first` and `second`, or, in `init`, if a name that
+            is no default, or all of them, are no field with a moment of the inner state, or it is compressed already.
+        TypeError: If `first` or `second` is not a sequence of names, or `min_size` is an array.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
         >>> tx = ag.compress_state(optax.adamw(3e-3))
         >>> state = tx.init({"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)})
         >>> optax.tree.get(state, "mu")["kernel"], optax.tree.get(state, "nu")["kernel"]
-        (GridArray(E3M4, shape=(64, 128), int8 + float32[64,1]),
-         GridArray(moment_e5m3, shape=(64, 128), uint8 + float32[64,1]))
+        (GridArray(E4M3, shape=(64, 128), int8 + float32[1,1]),
+         GridArray(moment_e5m3, shape=(64, 128), uint8 + float32[1,1]))
     """
     first, second = _names("first", first), _names("second", second)
     if set(first) & set(second):
         raise ValueError(f"first and second must not share names, got {sorted(set(first) & set(second))} in both.")
     check_number("seed", seed, "[0, 4294967295]", integer=True)
+    if isinstance(min_size, jax.Array):
+        raise TypeError(f"min_size must be a number, got {min_size}: name it in the static_args of inject_hyperparams.")
     check_number("min_size", min_size, "[0, inf)")
     inner = optax.with_extra_args_support(inner)
 
@@ -98,25 +117,25 @@ def compress_state(
             )
         paths = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_grid_array)
         shapes = {path: jnp.shape(param) for path, param in paths}
-        fields, found = set(), False
+        fields, found = set(), set()
 
         def leaf(path, moment):
-            nonlocal found
             for i, key in enumerate(path):
                 name = getattr(key, "name", None)
                 fields.add(name)
                 if name in (*first, *second) and shapes.get(path[i + 1 :]) == jnp.shape(moment):
-                    found = True
+                    found.add(name)
                     if jnp.issubdtype(moment.dtype, jnp.floating) and moment.size >= min_size:
                         return _initial(moment, name in second)
             return moment
 
         state = jax.tree.map_with_path(leaf, state)
+        missing = {name for name in (*first, *second) if name not in DEFAULTS} - found
         # Without parameters there are no moments to find: optax.tree.map_params asks for such a state.
-        if shapes and not found:
+        if shapes and (missing or not found):
             raise ValueError(
-                f"compress_state found no moments of the shapes of the parameters under the fields {(*first, *second)} "
-                f"of the inner state, which has {sorted(fields - {None})}: name them in `first` and `second`."
+                f"compress_state found no moments of the shapes of the parameters under {sorted(missing) or DEFAULTS} "
+                f"in the inner state, whose fields are {sorted(fields - {None})}: name them in `first` and `second`."
             )
         return CompressedState(jnp.uint32(0), jnp.uint32(0), state)
 
@@ -125,8 +144,15 @@ def compress_state(
         leaves = [(path, _joined(leaf) if _is_moment(leaf) else leaf) for path, leaf in leaves]
         stored = [(i, path, moment) for i, (path, moment) in enumerate(leaves) if is_grid_array(moment)]
 
+        dtypes = [jnp.float32] * len(leaves)
+        if params is not None:
+            given = jax.eval_shape(inner.init, params)
+            if jax.tree.structure(given) == tree:
+                dtypes = [leaf.dtype for leaf in jax.tree.leaves(given)]
+
         def inner_update():
-            floats = tree.unflatten([m.value() if is_grid_array(m) else m for _, m in leaves])
+            moments = [m.value(dtype) if is_grid_array(m) else m for (_, m), dtype in zip(leaves, dtypes, strict=True)]
+            floats = tree.unflatten(moments)
             updated, inner_state = inner.update(updates, floats, params, **extra_args)
             return updated, tree.flatten_up_to(inner_state)
 
@@ -134,8 +160,9 @@ def compress_state(
             # The update once more, for the sake of the scales alone: were they made of the moments that the step
             # stores, these would be written in float32 at every step.
             _, moments = inner_update()
-            counts = [jnp.sum(m.index == m.grid.max_index, dtype=jnp.uint32) for _, _, m in stored]
-            return [_scale(moments[i], m.format) for i, _, m in stored], sum(counts, jnp.uint32(0))
+            counts = [jnp.sum(_magnitude(m) == m.format.max_index, dtype=jnp.uint32) for _, _, m in stored]
+            shrinks = (state.moment_step < RESCALE_PERIOD) | (state.moment_step % SHRINKAGE_PERIOD == 0)
+            return [_scale(moments[i], m, shrinks) for i, _, m in stored], sum(counts, jnp.uint32(0))
 
         def no_look():
             return [moment.scale for _, _, moment in stored], jnp.uint32(0)
@@ -153,16 +180,24 @@ def compress_state(
 def _initial(moment: jax.Array, second: bool) -> GridArray:
     """The moment that an inner transformation starts with, mostly zeros, to nearest."""
     format, dtype = (SECOND, jnp.uint8) if second else (FIRST, jnp.int8)
-    scale = _scale(moment, format)
-    return _rounded(moment, GridArray(jnp.zeros(moment.shape, dtype), scale, format, 0), None)
+    zeros = GridArray(jnp.zeros(moment.shape, dtype), jnp.zeros((1,) * moment.ndim, jnp.float32), format, 0)
+    return _rounded(moment, dataclasses.replace(zeros, scale=_scale(moment, zeros, True)), None)
 
 
-def _scale(moment: jax.Array, format: FloatFormat) -> jax.Array:
-    """A scale per row that leaves headroom to grow, and keeps the smallest second moment a normal number."""
-    moment = as_real(moment).astype(jnp.float32)
-    if format is FIRST:
-        return row_scale(moment, format, FIRST_HEADROOM)
-    return jnp.maximum(row_scale(moment, format, SECOND_HEADROOM), 2.0**-90)
+def _scale(moment: jax.Array, before: GridArray, shrinks: jax.typing.ArrayLike) -> jax.Array:
+    """A scale for all of a moment that leaves it headroom to grow, and is not much smaller than before."""
+    amax = jnp.max(jnp.where(jnp.isfinite(moment), jnp.abs(moment), 0), initial=0, keepdims=True).astype(jnp.float32)
+    headroom = jnp.minimum(HEADROOM[before.format] * amax, jnp.finfo(jnp.float32).max)
+    scale = jnp.maximum(power_of_two_scale(headroom, before.format), SMALLEST_SCALE)
+    # Zeros have no scale of their own: under the smallest one what is cut off is next to nothing in both moments.
+    scale = jnp.where(amax == 0, SMALLEST_SCALE, scale)
+    return jnp.maximum(scale, jnp.where(shrinks, SHRINKAGE[before.format], 1.0) * before.scale)
+
+
+def _magnitude(moment: GridArray) -> jax.Array:
+    """|index|, int32; 0 for NaN."""
+    index = moment.index.astype(jnp.int32)
+    return jnp.where(index == nan_index(moment.index.dtype), 0, jnp.abs(index))
 
 
 def _rounded(moment: jax.Array, like: GridArray, words: jax.Array | None) -> GridArray:

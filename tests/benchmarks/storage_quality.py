@@ -79,7 +79,7 @@ class Arm:
     @property
     def robustness(self) -> bool:
         """Whether the arm is trained with other hyperparameters too."""
-        return self.headline and self.format != "e5m2"
+        return self.headline and self.format != "e5m2" and (self.storage != "laprop" or self.format is None)
 
     @property
     def on_grid(self) -> bool:
@@ -95,7 +95,7 @@ class Arm:
 
     def values(self, stored: optax.Params) -> optax.Params:
         """The weights of the forward pass. Their gradient is that of the stored ones: it passes straight through."""
-        return ag.from_grid(to_grid(stored, self.format)) if self.storage == "master" else ag.from_grid(stored)
+        return ag.from_grid(stored if self.on_grid or self.format is None else to_grid(stored, self.format))
 
     def optimizer(self, learning_rate: Callable, b2: jax.Array, seed: jax.Array) -> optax.GradientTransformation:
         if self.storage in ("feedback", "laprop"):
@@ -145,7 +145,10 @@ ARMS = sorted(
     ],
     key=lambda arm: (not arm.robustness, not arm.headline),  # What an interrupted run should have.
 )
-SCALE_ARMS = [Arm("feedback", "float32", "e4m3fn", scale) for scale in ("tensor", "column")]
+# Of language models alone: other scales, and master weights whose optimizer has the order that feedback has.
+LANGUAGE_ARMS = [Arm("feedback", "float32", "e4m3fn", scale) for scale in ("tensor", "column")] + [
+    Arm("laprop", "float32", format) for format in FORMATS
+]
 
 
 # Tasks
@@ -168,7 +171,7 @@ class Task:
 
     @property
     def arms(self) -> list[Arm]:
-        return ARMS + SCALE_ARMS * self.language_model
+        return ARMS + LANGUAGE_ARMS * self.language_model
 
 
 def normal(key: jax.Array, *shape: int, std: float | None = None) -> jax.Array:
@@ -658,16 +661,17 @@ EVALUATION = ["learning rate", "loss", *GAPS, "seeds", "stalled", "bytes per wei
 
 def evaluation(arm: Arm, own: Callable[[Arm], dict[int, dict]]) -> list[str]:
     """The cells of an arm. The gaps are to float32 AdamW, for feedback also in LaProp order, and to float32 master
-    weights of its format with float32 moments.
+    weights of its format with float32 moments (for feedback in that order, on language models).
     """
     runs = own(arm)
     one, stalls = next(iter(runs.values())), [run["stall"] for run in runs.values() if run["stall"] is not None]
-    master = Arm("master", "float32", arm.format)
+    master, laprop = (Arm(storage, "float32", arm.format) for storage in ("master", "laprop"))
+    master = laprop if arm.storage == "feedback" and own(laprop) else master
     return [
         f"{one['learning_rate']:.4g}",
         loss(runs),
         gap(runs, own(ADAMW)) if arm != ADAMW else "",
-        gap(runs, own(LAPROP)) if arm.storage == "feedback" else "",
+        gap(runs, own(LAPROP)) if arm.storage in ("feedback", "laprop") and arm != LAPROP else "",
         gap(runs, own(master)) if arm != master else "",
         str(len(runs)),
         f"{np.mean(stalls):.1%}" if stalls else "",
