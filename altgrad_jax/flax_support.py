@@ -29,7 +29,9 @@ def _to_state_dict(param: GridArray) -> dict[str, Any]:
 
 def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
     if not isinstance(state, dict) or "fraction_bits" not in state:
-        raise ValueError("what is stored is no GridArray: restore it into an array, then call to_grid.")
+        raise ValueError(
+            "what is stored is no GridArray: restore it into an array; parameters then become one by to_grid."
+        )
     for field, wanted in (("format", target.format.name), ("fraction_bits", target.fraction_bits)):
         if state[field] != wanted:
             raise ValueError(

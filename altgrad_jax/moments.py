@@ -62,7 +62,8 @@ def compress_state(
     At the start, after 1, 2, 4, 8, 16 and 32 steps and then every 64 steps the scales are chosen anew, such that a
     first moment can grow 16 times until the next look and a second one 1024 times; every 256 steps (at the start, at
     each look) they shrink to a half and a quarter at most, as gradients can pause. What grows further saturates until
-    the next look: `saturated` counts the elements that are still there then, which is a lower bound. For the scales, a step that looks runs the inner transformation twice.
+    the next look: `saturated` counts the elements that are still there then, which is a lower bound. For the
+    scales, a step that looks runs the inner transformation twice.
 
     Works around any transformation, `on_grid` included, whose momentum is a first moment. Not for those that subtract
     the square of a first moment from a second, which rounding can make negative (`optax.rmsprop(centered=True)`), and

@@ -43,7 +43,7 @@ class TestStallAndFlip:
         stayed = flat(ag.from_grid(params)) == flat(ag.from_grid(after))
         assert float(stall) == np.float32((meant & stayed).sum() / meant.sum())
         assert 0.1 < float(stall) < 0.99
-        assert float(stall) + float(flip) == 1
+        assert float(stall) + float(flip) == pytest.approx(1, abs=1e-7)
         jitted = jax.jit(diagnostics.stall_rate)(update, params, after)
         assert float(jitted) == float(stall)
 
@@ -225,9 +225,9 @@ class TestPredictFreeze:
     @pytest.mark.parametrize("fraction_bits", [0, 3])
     def test_is_exact_for_constant_gradients(self, fraction_bits):
         """SGD with a decaying rate on the grid makes the same steps, as its gradients do not depend on the weights."""
-        schedule = optax.exponential_decay(0.3, 5, 0.5)
-        g, start = tree(0)["a"], tree(1)["a"]
-        params = ag.to_grid(start, FORMAT, fraction_bits=fraction_bits)
+        schedule = optax.exponential_decay(0.25, 5, 0.5, staircase=True)
+        g, start = jnp.round(64 * tree(0)["a"]) / 64, tree(1)["a"]  # All sums are exact.
+        params = ag.to_grid(start, FORMAT, fraction_bits=fraction_bits, scale=2.0**-4)
         start = ag.from_grid(params, full=True)
         tx, trace, last = ag.on_grid(optax.sgd(schedule), rounding="nearest"), [start], np.zeros(g.shape, int)
         state = tx.init(params)
@@ -237,11 +237,10 @@ class TestPredictFreeze:
             assert not updates.scale.any(), "No scale may grow, as the prediction keeps them."
             last[np.asarray(updates.index) != 0] = i + 1
             params = optax.apply_updates(params, updates)
-            # As exact as the update itself, which the difference of two sums would not be.
             trace.append(trace[-1] - np.float32(schedule(i)) * g)
         freeze = diagnostics.predict_freeze(jnp.stack(trace), FORMAT, scale=params.scale, fraction_bits=fraction_bits)
-        assert (np.asarray(freeze.last_move) != last).mean() < 0.01  # Ties that the float32 sums decide.
-        np.testing.assert_allclose(freeze.never_share, (last == 0).mean(), atol=0.01)
+        np.testing.assert_array_equal(freeze.last_move, last)
+        assert float(freeze.never_share) == (last == 0).mean()
         assert 0 < last.max() < 40
 
     def test_of_a_real_run(self):
