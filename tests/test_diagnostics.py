@@ -241,7 +241,7 @@ class TestPredictFreeze:
         freeze = diagnostics.predict_freeze(jnp.stack(trace), FORMAT, scale=params.scale, fraction_bits=fraction_bits)
         np.testing.assert_array_equal(freeze.last_move, last)
         assert float(freeze.never_share) == (last == 0).mean()
-        assert 0 < last.max() < 40
+        assert len(np.unique(last)) > 5
 
     def test_of_a_real_run(self):
         """AdamW on teacher and student: within 2 % of the steps, and 2 points of the share that never moves."""
@@ -265,16 +265,5 @@ class TestPredictFreeze:
         last = np.max(np.asarray(moves) * np.arange(1, 301)[:, None, None], axis=0)
         freeze = diagnostics.predict_freeze(jnp.concatenate([w[None], trace]), FORMAT, scale=params.scale)
         predicted = np.asarray(freeze.last_move)
-        print(
-            "median",
-            np.median(last),
-            np.median(predicted),
-            "mean",
-            last.mean(),
-            predicted.mean(),
-            "never",
-            (last == 0).mean(),
-            float(freeze.never_share),
-        )
         assert abs(float(freeze.never_share) - (last == 0).mean()) < 0.02
         assert abs(last.mean() - predicted.mean()) < 0.02 * 300

@@ -60,7 +60,7 @@ VARIANTS = {
 class Arm:
     """A way to store the weights and the moments."""
 
-    storage: str  # adamw, laprop, master, nearest, stochastic, feedback or fraction8
+    storage: str  # adamw, laprop, master, nearest, stochastic, feedback, feedback_nearest, feedback_hidden or fraction8
     moments: str  # float32 or 8bit
     format: str | None = None  # Without the "float8_"; None for float32 weights.
     scale: str | None = "row"  # One scale per row, column or tensor.
@@ -74,31 +74,41 @@ class Arm:
         """Whether the arm is one of those that conclusions rest on, with more seeds."""
         if not self.on_grid:
             return self.moments == "float32"
-        return self.storage in ("feedback", "fraction8") and self.moments == "8bit" and self.scale == "row"
+        return (self.feedback or self.storage == "fraction8") and self.moments == "8bit" and self.scale == "row"
 
     @property
     def robustness(self) -> bool:
         """Whether the arm is trained with other hyperparameters too."""
-        return self.headline and self.format != "e5m2" and (self.storage != "laprop" or self.format is None)
+        one_of_many = (self.storage == "laprop" and self.format) or (self.feedback and self.storage != "feedback")
+        return self.headline and self.format != "e5m2" and not one_of_many
+
+    @property
+    def feedback(self) -> bool:
+        return self.storage.startswith("feedback")
 
     @property
     def on_grid(self) -> bool:
         """Whether there is no float32 copy of the weights."""
-        return self.storage in ("nearest", "stochastic", "feedback", "fraction8")
+        return self.feedback or self.storage in ("nearest", "stochastic", "fraction8")
 
     def store(self, params: optax.Params) -> optax.Params:
         """The parameters as this arm keeps them."""
         if not self.on_grid:
             return params
         bits = 8 if self.storage == "fraction8" else 0
-        return to_grid(params, self.format, self.scale, bits)
+        stored = to_grid(params, self.format, self.scale, bits)
+        if self.storage != "feedback_hidden":
+            return stored
+        outer = ("character", "place", "head")  # Embeddings and head in float32.
+        return {name: params[name] if name in outer else leaf for name, leaf in stored.items()}
 
     def values(self, stored: optax.Params) -> optax.Params:
         """The weights of the forward pass. Their gradient is that of the stored ones: it passes straight through."""
         return ag.from_grid(stored if self.on_grid or self.format is None else to_grid(stored, self.format))
 
     def optimizer(self, learning_rate: Callable, b2: jax.Array, seed: jax.Array) -> optax.GradientTransformation:
-        if self.storage in ("feedback", "laprop"):
+        rounding = "nearest" if self.storage.endswith("nearest") else "stochastic"
+        if self.feedback or self.storage == "laprop":
             # AdamW in LaProp order, as the momentum that carries the rounding error is behind the normalisation.
             inner = optax.chain(
                 optax.scale_by_rms(b2, EPS, eps_in_sqrt=False, bias_correction=True),
@@ -107,11 +117,11 @@ class Arm:
             )
             if self.storage == "laprop":
                 return optax.chain(inner, optax.ema(B1))
-            tx = ag.on_grid(inner, feedback="momentum", momentum=B1, seed=seed)
+            tx = ag.on_grid(inner, rounding=rounding, feedback="momentum", momentum=B1, seed=seed)
         else:
             tx = optax.adamw(learning_rate, B1, b2, EPS, weight_decay=WEIGHT_DECAY)
             if self.on_grid:
-                tx = ag.on_grid(tx, rounding="nearest" if self.storage == "nearest" else "stochastic", seed=seed)
+                tx = ag.on_grid(tx, rounding=rounding, seed=seed)
         return ag.compress_state(tx, seed=seed, min_size=MIN_SIZE) if self.moments == "8bit" else tx
 
 
@@ -145,10 +155,12 @@ ARMS = sorted(
     ],
     key=lambda arm: (not arm.robustness, not arm.headline),  # What an interrupted run should have.
 )
-# Of language models alone: other scales, and master weights whose optimizer has the order that feedback has.
-LANGUAGE_ARMS = [Arm("feedback", "float32", "e4m3fn", scale) for scale in ("tensor", "column")] + [
-    Arm("laprop", "float32", format) for format in FORMATS
-]
+# Of language models alone: other ways of feedback, and master weights whose optimizer has the order that feedback has.
+LANGUAGE_ARMS = (
+    [Arm("feedback", "float32", "e4m3fn", scale) for scale in ("tensor", "column")]
+    + [Arm(f"feedback_{variant}", "8bit", "e4m3fn") for variant in ("nearest", "hidden")]
+    + [Arm("laprop", "float32", format) for format in FORMATS]
+)
 
 
 # Tasks
@@ -666,12 +678,12 @@ def evaluation(arm: Arm, own: Callable[[Arm], dict[int, dict]]) -> list[str]:
     runs = own(arm)
     one, stalls = next(iter(runs.values())), [run["stall"] for run in runs.values() if run["stall"] is not None]
     master, laprop = (Arm(storage, "float32", arm.format) for storage in ("master", "laprop"))
-    master = laprop if arm.storage == "feedback" and own(laprop) else master
+    master = laprop if arm.feedback and own(laprop) else master
     return [
         f"{one['learning_rate']:.4g}",
         loss(runs),
         gap(runs, own(ADAMW)) if arm != ADAMW else "",
-        gap(runs, own(LAPROP)) if arm.storage in ("feedback", "laprop") and arm != LAPROP else "",
+        gap(runs, own(LAPROP)) if (arm.feedback or arm.storage == "laprop") and arm != LAPROP else "",
         gap(runs, own(master)) if arm != master else "",
         str(len(runs)),
         f"{np.mean(stalls):.1%}" if stalls else "",
@@ -705,7 +717,13 @@ def described(arm: Arm) -> list[str]:
 
 def reading_order(arm: Arm) -> tuple:
     storages = ("adamw", "laprop", "master", "fraction8", "feedback", "stochastic", "nearest")
-    return storages.index(arm.storage), FORMATS.index(arm.format or FORMATS[0]), arm.moments, arm.scale or ""
+    return (
+        storages.index(arm.storage.partition("_")[0]),
+        arm.storage,
+        FORMATS.index(arm.format or FORMATS[0]),
+        arm.moments,
+        arm.scale or "",
+    )
 
 
 def main() -> None:
