@@ -8,7 +8,8 @@ An arm is a way to store the weights (float32, float32 master weights that the f
 without a master copy, int16 with 8 fraction bits), their format, and the moments of AdamW. On every task each arm takes
 its own best learning rate of a grid shared by all arms, chosen with two seeds; then fresh seeds, which give initial
 weights, data and random bits, compare arms in pairs. The matrices are stored, embeddings included; biases and norms
-are float32. Every run is a line of the output, and a restart skips those that are there. Needs scikit-learn and tqdm.
+are float32. Every run is a line of the output, and a restart skips those that are there. Needs
+`pip install -e ".[benchmarks]"`.
 """
 
 import argparse
