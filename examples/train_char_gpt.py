@@ -11,14 +11,14 @@ numbers a little.
     adamw                        1.307          95.3%           8.16       559.9         25.3             12.00
     manifold_adamw               1.337          96.3%          10.11       270.5         25.2             12.00
     $ python examples/train_char_gpt.py --storage grid
-    adamw                        1.309          95.2%           7.00       206.0         25.3              3.14
-    manifold_adamw               1.334          96.2%          10.00       157.0         48.5              3.14
+    adamw                        1.312          95.2%           7.00       206.0         50.2              3.05
+    manifold_adamw               1.340          96.3%          10.00       150.0         60.2              3.05
     $ python examples/train_char_gpt.py --storage grid+8
-    adamw                        1.305          95.3%           7.53       205.2         48.2              4.14
-    manifold_adamw               1.330          96.2%           9.91       172.6         48.2              4.14
+    adamw                        1.302          95.3%           7.57       205.3         59.6              4.05
+    manifold_adamw               1.328          96.3%          10.32       159.4         83.1              4.05
 
-(CPython 3.11, jax 0.10, two CPU cores shared with other programs, which had about half of them at 48 ms; 168 s for
-float32 and 333 s for each of the others.) Smoothed counts of character pairs reach 2.32 nats. "Moved" are the weights
+(CPython 3.11, jax 0.10, two CPU cores; 103 s for float32. The other two runs shared the cores with other programs, so
+that their times say little.) Smoothed counts of character pairs reach 2.32 nats. "Moved" are the weights
 whose rounded value is not the initial one. The bytes are those of the matmul weights, scales included, and of all that
 the optimizer keeps for them but the 4 of the count of ULPs, a diagnostic. out/train_char_gpt.png has the loss curves
 and a histogram of the ULPs; in its outer humps are mostly weights that changed sign, which takes about a hundred steps
