@@ -272,7 +272,7 @@ def row_scale(x: jax.Array, format: FloatFormat) -> jax.Array:
     amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
     largest = jnp.max(amax, initial=0.0)
     amax = jnp.where(amax == 0, jnp.where(largest == 0, 1.0, largest), amax)
-    doubled = jnp.minimum(2 * amax, jnp.finfo(x.dtype).max)
+    doubled = jnp.where(amax > jnp.finfo(x.dtype).max / 2, amax, 2 * amax)
     return power_of_two_scale(doubled, format, axis=axis).astype(jnp.float32)
 
 
