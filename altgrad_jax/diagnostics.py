@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from altgrad_jax._checks import check_number
 from altgrad_jax.formats import FloatFormat, as_format, own_format
 from altgrad_jax.grid import as_real, scaled_ulp
-from altgrad_jax.grid_array import GridArray, decoded, from_grid, is_grid_array
+from altgrad_jax.grid_array import decoded, from_grid, is_grid_array
 from altgrad_jax.rounding import nearest_index, round_nearest
 
 
@@ -181,7 +181,12 @@ def saturation_share(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1
         >>> ag.diagnostics.saturation_share(jnp.array([448.0, -500.0, 3.0, 0.0]), "float8_e4m3fn")
         Array(0.5, dtype=float32)
     """
-    return jnp.mean(_joined(lambda x: jnp.abs(_real(x)) >= _top(x, format, scale), x))
+
+    def leaf(x):
+        grid, own = _grid(x, format, scale)
+        return jnp.abs(_real(x)) >= grid.max * own
+
+    return jnp.mean(_joined(leaf, x))
 
 
 def subnormal_share(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
@@ -360,11 +365,6 @@ def _grid(x: Any, format: Any, scale: jax.typing.ArrayLike = 1.0) -> tuple[Float
             raise ValueError(f"GridArrays have a format of their own, {x.format.name}, and exclude format={format}.")
         return x.format, x.scale
     return (own_format(jnp.result_type(x)) if format is None else as_format(format)), scale
-
-
-def _top(x: Any, format: Any, scale: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    grid, own = _grid(x, format, scale)
-    return own * (x.grid.max if isinstance(x, GridArray) else grid.max)
 
 
 def _joined(f: Any, *trees: Any) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_jax._checks import check_number, fits
+from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree, fits
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import as_real, number_at
 from altgrad_jax.rounding import nearest_index, power_of_two_scale
@@ -247,6 +247,25 @@ def signed_steps(updates: Any, params: Any) -> Any:
         return (param.index + update.index).astype(jnp.int32) - before
 
     return jax.tree.map(leaf, updates, params, is_leaf=is_grid_array)
+
+
+def checked_values(transformation: str, updates: Any, params: Any) -> Any:
+    """Returns the numbers of the parameters; raises unless some are stored and gradients with respect to them came."""
+    if params is None:
+        raise ValueError(f"{transformation} needs the parameters: call update(updates, state, params).")
+    if not any(map(is_grid_array, jax.tree.leaves(params, is_leaf=is_grid_array))):
+        raise ValueError(
+            f"{transformation} was given no parameter that is stored on a grid: make some with to_grid(params)."
+        )
+    if any(map(is_grid_array, jax.tree.leaves(updates, is_leaf=is_grid_array))):
+        raise ValueError(
+            f"{transformation} takes gradients with respect to from_grid(params), got GridArrays: differentiate a "
+            "function of from_grid(params), and put optax.MultiSteps and optax.apply_if_finite inside of on_grid."
+        )
+    floats = from_grid(params, full=True)
+    check_same_tree(transformation, "updates", updates, floats)
+    check_float_leaves(transformation, "updates", updates)
+    return floats
 
 
 def encoded(x: jax.Array, grid: FloatFormat, dtype: Any) -> jax.Array:

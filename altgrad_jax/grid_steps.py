@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
+from altgrad_jax._checks import check_number
 from altgrad_jax.formats import FloatFormat
 from altgrad_jax.grid import as_real
-from altgrad_jax.grid_array import GridArray, from_grid, is_grid_array, nan_index
+from altgrad_jax.grid_array import GridArray, checked_values, from_grid, is_grid_array, nan_index
 from altgrad_jax.rounding import leaf_words, random_bits, stochastic_index
 
 
@@ -68,15 +68,8 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
 
     def update(updates, state, params=None, **extra_args):
         del extra_args  # Those of other transformations of the chain.
-        if params is None:
-            raise ValueError("scale_by_grid_steps needs the parameters: call update(updates, state, params).")
+        checked_values("scale_by_grid_steps", updates, params)
         with_path, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_grid_array)
-        if not any(is_grid_array(param) for _, param in with_path):
-            raise ValueError(
-                "scale_by_grid_steps was given no parameter that is stored on a grid: make some with to_grid(params)."
-            )
-        check_float_leaves("scale_by_grid_steps", "updates", updates)
-        check_same_tree("scale_by_grid_steps", "updates", updates, jax.eval_shape(from_grid, params))
         moves, counts = tree.flatten_up_to(updates), [jnp.uint32(0)] * 4
         for i, (path, param) in enumerate(with_path):
             if is_grid_array(param):

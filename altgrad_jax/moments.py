@@ -25,7 +25,6 @@ HEADROOM = {FIRST: 2.0**4, SECOND: 2.0**10}
 # should still fit.
 SHRINKAGE = {FIRST: 0.5, SECOND: 0.25}
 SHRINKAGE_PERIOD = 4 * RESCALE_PERIOD
-SMALLEST_SCALE = 2.0**-90
 DEFAULTS = ("mu", "trace", "momentum", "nu")
 
 
@@ -54,8 +53,8 @@ def compress_state(
     Moments become GridArrays with one power-of-two scale per leaf. First moments have 3 mantissa bits, a sign and a
     range of 2**18; second moments have no sign, 3 mantissa bits and a range of 2**34. Rounding is unbiased, as to
     nearest a moment freezes as soon as its relative change per step (0.001 for a decay of 0.999) is less than half a
-    step of its grid. It makes a second moment with decay 0.999 scatter by a fifth, and an element of a first moment
-    that is 2**14 times smaller than the largest of its leaf jump between 0 and the smallest number; behind the
+    step of its grid. It makes a second moment with decay 0.999 scatter by a tenth to a fifth, and an element of a first
+    moment that is 2**14 times smaller than the largest of its leaf jump between 0 and the smallest number; behind the
     division by the second moment, where `grid_adamw` has it, there are none such. A nonzero second moment never
     becomes 0, and a negative one becomes NaN.
 
@@ -135,7 +134,8 @@ def compress_state(
         # Without parameters there are no moments to find: optax.tree.map_params asks for such a state.
         if shapes and (missing or not found):
             raise ValueError(
-                f"compress_state found no moments of the shapes of the parameters under {sorted(missing) or DEFAULTS} "
+                f"compress_state found no moments of the shapes of the parameters under "
+                f"{sorted(missing or {*first, *second})} "
                 f"in the inner state, whose fields are {sorted(fields - {None})}: name them in `first` and `second`."
             )
         return CompressedState(jnp.uint32(0), jnp.uint32(0), state)
@@ -189,9 +189,8 @@ def _scale(moment: jax.Array, before: GridArray, shrinks: jax.typing.ArrayLike) 
     """A scale for all of a moment that leaves it headroom to grow, and is not much smaller than before."""
     amax = jnp.max(jnp.where(jnp.isfinite(moment), jnp.abs(moment), 0), initial=0, keepdims=True).astype(jnp.float32)
     headroom = jnp.minimum(HEADROOM[before.format] * amax, jnp.finfo(jnp.float32).max)
-    scale = jnp.maximum(power_of_two_scale(headroom, before.format), SMALLEST_SCALE)
     # Zeros have no scale of their own: under the smallest one what is cut off is next to nothing in both moments.
-    scale = jnp.where(amax == 0, SMALLEST_SCALE, scale)
+    scale = jnp.where(amax == 0, jnp.finfo(jnp.float32).tiny, power_of_two_scale(headroom, before.format))
     return jnp.maximum(scale, jnp.where(shrinks, SHRINKAGE[before.format], 1.0) * before.scale)
 
 

@@ -158,19 +158,15 @@ def grid_adamw(
     check_number("b2", b2, "[0, 1)")
     check_number("eps", eps, "[0, inf)")
     check_number("weight_decay", weight_decay, "[0, inf)")
-    tx = on_grid(
-        optax.chain(
-            optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
-            if feedback
-            else optax.scale_by_adam(b1, b2, eps),
+    if feedback:
+        inner = optax.chain(
+            optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
             optax.add_decayed_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
-        ),
-        rounding=rounding,
-        feedback=feedback,
-        momentum=b1 if feedback else None,
-        seed=seed,
-    )
+        )
+    else:
+        inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
+    tx = on_grid(inner, rounding=rounding, feedback=feedback, momentum=b1 if feedback else None, seed=seed)
     return compress_state(tx, seed=seed) if moments == "8bit" else tx
 
 

@@ -1,15 +1,24 @@
 """Any Optax transformation, for parameters that are stored on a grid."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
+from altgrad_jax._checks import check_number
 from altgrad_jax.grid import as_real
-from altgrad_jax.grid_array import GridArray, decoded, from_grid, is_grid_array, nan_index, rescale_due, with_nan
+from altgrad_jax.grid_array import (
+    GridArray,
+    checked_values,
+    decoded,
+    from_grid,
+    is_grid_array,
+    nan_index,
+    rescale_due,
+    with_nan,
+)
 from altgrad_jax.rounding import leaf_words, nearest_index, random_bits, round_nearest, stochastic_index
 
 
@@ -112,7 +121,7 @@ def on_grid(
             )
         if "grid_scale" in extra_args:
             raise ValueError("on_grid knows the scales of its parameters, got grid_scale: leave it out.")
-        floats = _check_update(updates, params)
+        floats = checked_values("on_grid", updates, params)
         scales = jax.tree.map(lambda p: p.scale if is_grid_array(p) else 1.0, params, is_leaf=is_grid_array)
         moves, inner_state = inner.update(updates, state.inner_state, floats, grid_scale=scales, **extra_args)
         carried, correction = (), 1 - beta ** (state.grid_step.astype(jnp.float32) + 1)
@@ -197,20 +206,3 @@ def _headroom(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]
 
 def _no_look(param: GridArray) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return jnp.ones_like(param.scale), (jnp.uint32(0), jnp.uint32(0))
-
-
-def _check_update(updates: Any, params: Any) -> Any:
-    """Returns the numbers of the parameters; raises unless gradients with respect to them were given."""
-    if params is None:
-        raise ValueError("on_grid needs the parameters: call update(updates, state, params).")
-    if not any(map(is_grid_array, jax.tree.leaves(params, is_leaf=is_grid_array))):
-        raise ValueError("on_grid was given no parameter that is stored on a grid: make some with to_grid(params).")
-    if any(map(is_grid_array, jax.tree.leaves(updates, is_leaf=is_grid_array))):
-        raise ValueError(
-            "on_grid takes gradients with respect to from_grid(params), got GridArrays: differentiate a function of "
-            "from_grid(params), and put optax.MultiSteps and optax.apply_if_finite inside of on_grid."
-        )
-    floats = from_grid(params, full=True)
-    check_same_tree("on_grid", "updates", updates, floats)
-    check_float_leaves("on_grid", "updates", updates)
-    return floats

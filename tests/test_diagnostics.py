@@ -117,6 +117,13 @@ class TestGradientStiffness:
         expected = np.corrcoef(magnitude, spacing)[0, 1], (magnitude / spacing).mean(), (magnitude < spacing).mean()
         np.testing.assert_allclose(diagnostics.gradient_stiffness(g, w, FORMAT), expected, rtol=2e-5)
 
+    def test_of_grid_arrays_is_in_their_own_scaled_steps(self):
+        w = ag.to_grid(tree(4), FORMAT, where=lambda path, leaf: True, scale=2.0**-4)
+        plain = jax.tree.map(lambda x: x * 2.0**4, ag.from_grid(w))
+        ours = diagnostics.gradient_stiffness(tree(3), w)
+        expected = diagnostics.gradient_stiffness(jax.tree.map(lambda g: g * 2.0**4, tree(3)), plain, FORMAT)
+        np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
 
 class TestShares:
     """Saturated and subnormal numbers."""
@@ -126,6 +133,8 @@ class TestShares:
         assert float(diagnostics.saturation_share(x, FORMAT)) == 3 / 8
         assert float(diagnostics.subnormal_share(x, FORMAT)) == 2 / 8
         assert float(diagnostics.subnormal_share(x["b"], "E0M7")) == 3 / 4
+        assert float(diagnostics.saturation_share(x, FORMAT, 2.0)) == 1 / 8
+        assert float(diagnostics.subnormal_share(x, FORMAT, 2.0)) == 3 / 8
 
     def test_of_grid_arrays(self):
         x = ag.GridArray(

@@ -162,5 +162,9 @@ class TestBadInput:
             tx.update(jnp.ones((2, 2)), state)
         with pytest.raises(ValueError, match="no parameter that is stored on a grid"):
             tx.update(jnp.ones((2, 2)), state, jnp.ones((2, 2)))
+        with pytest.raises(
+            ValueError, match=r"scale_by_grid_steps takes gradients with respect to from_grid\(params\)"
+        ):
+            tx.update(params, state, params)
         with pytest.raises(ValueError, match=r"shapes of the params, got \(2,\) for \(2, 2\)"):
             tx.update(jnp.ones(2), state, params)

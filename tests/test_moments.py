@@ -88,7 +88,7 @@ class TestSecondMoment:
         nu = np.asarray(state.inner_state.nu.value())
         expected = 1.15 + (4.0 - 1.15) * 0.999**3000
         assert abs(nu.mean() - expected) < 5 * nu.std() / 64  # 4096 independent elements.
-        assert nu.std() < 0.35 * expected
+        assert 0.1 < nu.std() / expected < 0.2  # "Scatters by a tenth to a fifth."
 
     def test_never_becomes_zero(self):
         """In a row that reaches over 60 orders of magnitude, what float32 can hold at all is positive."""
@@ -351,14 +351,14 @@ class TestBytes:
         biases = {"b": shape(1536), "norm": shape(768)}
         return {"embed": shape(512, 384), "blocks": [block | biases] * 6, "head": shape(384, 512)}
 
-    @pytest.mark.parametrize(("fraction_bits", "feedback", "limit"), [(0, "momentum", 3.13), (8, None, 4.13)])
-    def test_of_grid_adamw(self, fraction_bits, feedback, limit):
+    @pytest.mark.parametrize(("fraction_bits", "feedback", "expected"), [(0, "momentum", 3.017), (8, None, 4.016)])
+    def test_of_grid_adamw(self, fraction_bits, feedback, expected):
         params = jax.eval_shape(lambda p: ag.to_grid(p, fraction_bits=fraction_bits), self.model())
         state = jax.eval_shape(ag.grid_adamw(1e-3, feedback=feedback).init, params)
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.model()))
         assert weights > 10e6
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
-        assert stored / weights <= limit
+        assert stored / weights == pytest.approx(expected, abs=1e-3)
 
 
 class TestGridAdamw:
