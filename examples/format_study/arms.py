@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,11 @@ class Arm:
     """One cell of the matrix.
 
     Optimizers: AdamW; AdamW with gradients multiplied by the stiffness *before* Adam (AltGrad's ManifoldAdamW), with
-    Adam's directions multiplied *after* it, or *both*; momentum in grid steps (AltGrad's GridOptim), which on float32
-    master weights makes fractions of steps. Storages: float32 weights that know no grid in the forward pass; float32
-    master weights with a rounded forward pass; numbers of the grid alone, rounded stochastically, or with nearest
-    rounding; positions with 8 more bits.
+    Adam's directions multiplied *after* it, or *both*; momentum in grid steps without weight decay (AltGrad's
+    GridOptim), which on float32 master weights makes fractions of steps.
+
+    Storages: float32 weights that know no grid in the forward pass; float32 master weights with a rounded forward
+    pass; numbers of the grid alone, rounded stochastically or to nearest; positions with 8 more bits.
     """
 
     task: str
@@ -112,6 +114,18 @@ class Arm:
 
             return jax.tree.map(movement, optax.tree.get(state, "trace"), stored)
         return optax.tree.get(state, "intended")
+
+
+def jobs(config: StudyConfig) -> list[tuple[str, Arm]]:
+    """What a study does, in the order of its lines: ("study" or "freeze", arm)."""
+    result = []
+    for task in config.tasks:
+        cells = itertools.product(config.storages, config.optimizers, config.formats)
+        # Weights that know no grid are trained with AdamW alone: the same run in every format, as a check.
+        result += [("study", Arm(task, f, o, s)) for s, o, f in cells if s != "float32" or o == "adamw"]
+        if config.freeze_seeds:
+            result += [("freeze", Arm(task, format, "adamw", "nearest")) for format in config.formats]
+    return result
 
 
 def is_stored(leaf: Any) -> bool:

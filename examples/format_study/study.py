@@ -13,7 +13,6 @@ same lines, times aside. Needs `pip install -e ".[examples]"`.
 import argparse
 import concurrent.futures
 import dataclasses
-import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -26,23 +25,11 @@ from typing import Any
 import jax
 import tasks
 import training
-from arms import Arm
+from arms import Arm, jobs
 from config import StudyConfig, add_arguments, configuration
 from tqdm import tqdm
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "study.jsonl"
-
-
-def jobs(config: StudyConfig) -> list[tuple[str, Arm]]:
-    """What to do, in the order of the lines: ("study" or "freeze", arm)."""
-    result = []
-    for task in config.tasks:
-        cells = itertools.product(config.storages, config.optimizers, config.formats)
-        # Weights that know no grid are trained with AdamW alone: the same run in every format, as a check.
-        result += [("study", Arm(task, f, o, s)) for s, o, f in cells if s != "float32" or o == "adamw"]
-        if config.freeze_seeds:
-            result += [("freeze", Arm(task, format, "adamw", "nearest")) for format in config.formats]
-    return result
 
 
 def header(config: StudyConfig) -> dict[str, Any]:
@@ -108,13 +95,16 @@ def cost(job: tuple[str, Arm]) -> float:
 
 
 def work(role: str, arm: Arm, config: StudyConfig, known: dict[str, dict]) -> list[dict]:
-    """The lines of a job that are not known yet; a job that raises has one line, with the cause."""
+    """The lines of a job that are not known yet; a job that raises ends with a line that has the cause."""
     start, before, lines = time.perf_counter(), set(known), []
+    failed = f"{arm.key}/{role}/failed"
+    if failed in known:  # To try it again, delete the line.
+        return []
     try:
-        lines += getattr(training, role)(tasks.load(arm.task), arm, config, known)
+        for line in getattr(training, role)(tasks.load(arm.task), arm, config, known):
+            lines.append(line)  # One by one, to keep what came before an error.
     except Exception as error:
-        key = f"{arm.key}/{role}/failed"
-        lines.append({"kind": "failed", "key": key, **vars(arm), "failure": f"{type(error).__name__}: {error}"})
+        lines.append({"kind": "failed", "key": failed, **vars(arm), "failure": f"{type(error).__name__}: {error}"})
     new = [line for line in lines if line["key"] not in before]
     seconds = round((time.perf_counter() - start) / max(1, len(new)), 4)
     return [line | {"seconds": seconds} for line in new]
