@@ -70,9 +70,10 @@ class TestConfiguration:
     @pytest.mark.parametrize("suffix", [".yaml", ".json"])
     def test_is_overridden_in_order(self, modules, tmp_path, suffix):
         path = tmp_path / f"study{suffix}"
-        path.write_text('{"steps": 160, "seeds": 7, "formats": ["E4M3"]}')  # YAML too.
+        path.write_text('{"steps": 160, "seeds": 7, "formats": ["E4M3"], "eps": 1e-8, "warm_up": 0}')  # YAML too.
         config = self.parsed(modules, "--quick", "--config", str(path), "--seeds", "5", "--optimizers", "adamw", "both")
         assert (config.steps, config.seeds, config.formats) == (160, 5, ("E4M3",))
+        assert (config.eps, config.warm_up) == (1e-8, 0.0)
         assert config.optimizers == ("adamw", "both")
         assert config.segments == modules["config"].QUICK["segments"]
         assert self.parsed(modules) == modules["config"].StudyConfig()
@@ -89,6 +90,13 @@ class TestConfiguration:
             ({"formats": ["E4M4"]}, "E4M4"),
             ({"formats": []}, "one thing or more"),
             ({"learning_rates": 2}, "learning_rates must be >= 3"),
+            ({"freeze_seeds": -1}, "freeze_seeds must be >= 0"),
+            ({"formats": ["float32"]}, "8 or 16 bits, got float32"),
+            ({"optimizers": ["before"]}, "must hold adamw"),
+            ({"storages": ["float32"]}, "got float32 alone"),
+            ({"b1": 1}, r"b1 must be in \[0, 1\), got 1"),
+            ({"eps": "-1e-8"}, "eps must be >= 0"),
+            ({"eps": "small"}, "eps must be like 1e-08, got 'small'"),
         ],
     )
     def test_refuses(self, modules, fields, message):
@@ -102,20 +110,31 @@ class TestConfiguration:
         (tmp_path / "short.txt").write_text("short")
         with pytest.raises(ValueError, match="at least 800 characters, got 5"):
             load(str(tmp_path / "short.txt"))
-        np.savez(tmp_path / "x.npz", x=np.zeros(20))
-        with pytest.raises(ValueError, match=r"inputs x and labels y, got \['x'\]"):
+        for arrays, message in (
+            ({"x": np.zeros(20)}, "inputs x and labels y: 'y is not a file"),
+            ({"x": np.zeros((20, 2)), "y": np.zeros(19, int)}, r"got \(20, 2\) and \(19,\)"),
+            ({"x": np.zeros((20, 2)), "y": np.zeros(20)}, "non-negative integers, got float64"),
+            ({"x": np.full((20, 2), np.nan), "y": np.zeros(20, int)}, "must be finite, got 40"),
+        ):
+            np.savez(tmp_path / "x.npz", **arrays)
+            with pytest.raises(ValueError, match=message):
+                load(str(tmp_path / "x.npz"))
+        (tmp_path / "x.npz").write_text("no archive")
+        with pytest.raises(ValueError, match=r"must be an \.npz file"):
             load(str(tmp_path / "x.npz"))
+        (tmp_path / "study.yaml").write_text("steps: [1")
+        with pytest.raises(ValueError, match="is no YAML"):
+            self.parsed(modules, "--config", str(tmp_path / "study.yaml"))
 
     def test_of_grids_that_a_scale_makes_one(self, modules):
-        same = {f: modules["config"].same_grid(f) for f in modules["config"].FORMATS}
-        expected = {
-            "E0M7": ["E1M6"],
-            "E1M6": ["E0M7"],
-            "E4M3": ["float8_e4m3fnuz", "float8_e4m3b11fnuz"],
-            "E5M2": ["float8_e5m2"],
-            "float8_e5m2": ["E5M2"],
-        }
-        assert {f: others for f, others in same.items() if others} == expected
+        shapes = {}
+        for name in (*modules["config"].FORMATS, "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2fnuz"):
+            shapes.setdefault(modules["config"].shape_of_grid(name), []).append(name)
+        assert [names for names in shapes.values() if len(names) > 1] == [
+            ["E0M7", "E1M6"],
+            ["E4M3", "float8_e4m3fnuz", "float8_e4m3b11fnuz"],
+            ["E5M2", "float8_e5m2"],
+        ]
 
 
 class TestArms:
@@ -130,30 +149,33 @@ class TestArms:
         config = dataclasses.replace(small, weight_decay=0.0)
         tx = arm.transformation(config, lambda step: 0.5, 0, ulp)
         gradient = {"w": jnp.array([[1.0, -2.0, 3.0, 4.0]])}
-        updates, state = tx.update(gradient, tx.init(params), params, **arm.extra_args(grid))
+        updates, _ = tx.update(gradient, tx.init(params), params, **arm.extra_args(grid))
         scale = float(grid["w"].scale[0, 0])
         exact = [-0.5 * np.sign(g) * ag_ulp(w / scale) * scale / ulp for g, w in zip([1, -2, 3, 4], params["w"][0])]  # noqa: B905
         np.testing.assert_allclose(updates["w"][0], exact, rtol=1e-5)
-        assert arm.intended(state, params, 0.5, ulp, 10) is optax.tree.get(state, "intended")
 
-    def test_grid_sgd_means_what_it_does(self, modules, small):
-        """The mean movement over seeds is the intended one."""
-        arm = modules["arms"].Arm("", "E4M3", "grid_sgd", "stochastic")
-        stored = arm.stored({"w": jnp.array([[0.3, -0.9, 0.02, 3.0]])})
-        ulp, gradient = 2.0**-6, {"w": jnp.array([[0.1, -0.2, 0.3, 40.0]])}
+    @pytest.mark.parametrize("storage", ["master", "stochastic", "fraction8"])
+    def test_grid_sgd_means_what_it_does(self, modules, small, storage):
+        """The mean movement over seeds is the intended one, which is the same in every storage."""
+        arm = modules["arms"].Arm("", "E4M3", "grid_sgd", storage)
+        weights = jnp.array([[0.3125, -0.875, 0.01953125, 3.0]])  # On the grid, and on no power of two.
+        stored, ulp, gradient = arm.stored({"w": weights}), 2.0**-6, {"w": jnp.array([[0.1, -0.2, 0.3, 40.0]])}
 
         def moved(seed):
             tx = arm.transformation(small, lambda step: 2.0**-5, seed, ulp)
-            updates, state = tx.update(gradient, tx.init(stored), stored)
+            tx = optax.with_extra_args_support(tx)
+            updates, state = tx.update(gradient, tx.init(stored), stored, **arm.extra_args(arm.grid(stored)))
             after = ag.from_grid(optax.apply_updates(stored, updates), full=True)
-            return after["w"] - stored["w"].value(), arm.intended(state, stored, 2.0**-5, ulp, small.max_steps)["w"]
+            return after["w"] - weights, arm.intended(state, stored, 2.0**-5, ulp, small.max_steps)["w"]
 
         movements, intended = jax.jit(jax.vmap(moved))(jnp.arange(4000))
-        spacing = ag.spacing(stored["w"].value() / stored["w"].scale, "E4M3") * stored["w"].scale
-        bias = (movements.mean(0) - intended[0]) / spacing
-        assert float(jnp.abs(bias[0, :3]).max()) < 4 * 0.5 / 4000**0.5
-        steps = intended[0, 0, 3] / spacing[0, 3]
-        assert float(steps) == -small.max_steps
+        spacing = np.array([2.0**-5, 2.0**-4, 2.0**-9, 2.0**-2])  # Of E4M3 at these weights, which are normal.
+        steps = np.clip(-2.0 * np.asarray(gradient["w"][0]), -small.max_steps, small.max_steps)
+        scaled = ag.spacing(weights / arm.grid(stored)["w"].scale, "E4M3") * arm.grid(stored)["w"].scale
+        np.testing.assert_array_equal(spacing, scaled[0])
+        np.testing.assert_allclose(intended[0, 0], steps * spacing, rtol=1e-5)
+        bias = (movements.mean(0)[0] - intended[0, 0]) / spacing
+        assert float(jnp.abs(bias[:3]).max()) < 4 * 0.5 / 4000**0.5
 
     def test_float32_run_is_that_of_plain_optax(self, modules, small, data):
         """Against a loop that shares the model and the data alone."""
@@ -175,6 +197,51 @@ class TestArms:
             updates, state = tx.update(gradient, state, params)
             params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(result["losses"][0, -1], task.loss(params, *arrays[2:]), rtol=1e-5)
+
+
+class TestSearch:
+    """For the best learning rate, until it lies between two others."""
+
+    @pytest.fixture
+    def searched(self, modules, small, data, monkeypatch):
+        def search(loss, **changes):
+            """The places that are tried when a rate of 2^x has a loss, and the one that is evaluated."""
+
+            def trainer(task, arm, config):
+                def train(data, weights, rows, rates, seeds):
+                    losses = np.array([[loss(np.log2(rate))] for rate in rates])
+                    return {"losses": losses, "accuracies": losses}
+
+                return train
+
+            def recorded(numbers):
+                return {"loss": float(numbers["loss"]) if np.isfinite(numbers["loss"]) else None}
+
+            monkeypatch.setattr(modules["training"], "trainer", trainer)
+            monkeypatch.setattr(modules["training"], "measured", lambda arm, results: {"values": ()})
+            monkeypatch.setattr(modules["training"], "ranks", lambda values: {})
+            monkeypatch.setattr(modules["training"], "_recorded", recorded)
+            arm = modules["arms"].Arm(data, "E4M3", "adamw", "stochastic")
+            config = dataclasses.replace(small, **changes)
+            task = modules["tasks"].load(data)
+            lines = list(modules["training"].study(task, arm, config, {}))
+            tried = [np.log2(line["learning_rate"]) for line in lines if line["kind"] == "select"]
+            (best,) = {np.log2(line["learning_rate"]) for line in lines if line["kind"] == "evaluate"}
+            return tried, best
+
+        return search
+
+    def test_moves_until_the_best_is_between_others(self, searched):
+        assert searched(lambda x: (x + 7) ** 2) == ([-8, -7, -6], -7)
+        assert searched(lambda x: (x + 4) ** 2) == ([-8, -7, -6, -5, -4, -3], -4)
+        assert searched(lambda x: (x + 9) ** 2) == ([-8, -7, -6, -11, -10, -9], -9)
+
+    def test_of_losses_that_are_not_finite_goes_down(self, searched):
+        assert searched(lambda x: np.nan if x > -10.5 else -x) == ([-8, -7, -6, -11, -10, -9, -14, -13, -12], -11)
+
+    def test_of_finer_rates(self, searched):
+        tried, best = searched(lambda x: (x + 6.4) ** 2, rates_per_octave=2)
+        assert (tried, best) == ([-7.5, -7, -6.5, -6, -5.5, -5], -6.5)
 
 
 class TestResumption:
@@ -225,7 +292,17 @@ class TestResumption:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert len(self.lines(killed)) < len(expected)
         assert self.finish(killed, small) == expected
+
+    def test_repeats_no_failure(self, modules, small, tmp_path):
+        """Its line is filed under the job that made it."""
+        path, config = tmp_path / "study.jsonl", dataclasses.replace(small, optimizers=("adamw",))
+        lines = [modules["study"].header(config)]
+        for role, arm in modules["arms"].jobs(config):
+            lines.append({"kind": "failed", "key": f"{arm.key}/{role}/failed", **vars(arm), "failure": "no numbers"})
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert self.finish(path, config) == json.loads(json.dumps(lines))
 
     def test_refuses_another_study(self, modules, tmp_path, small):
         path = tmp_path / "study.jsonl"

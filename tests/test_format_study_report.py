@@ -222,6 +222,37 @@ class TestHolm:
         assert len({(arm.optimizer, p) for arm, p in found.holm.items() if arm.format in ("E0M7", "E1M6")}) == 2
 
 
+class TestLearningRates:
+    """What a finer grid might change keeps a gain from being certain."""
+
+    def lines(self, excess, arm):
+        lines = make_lines()
+        for exponent, x in zip((-8, -6), excess, strict=True):
+            line_of(lines, f"{arm}/select/2^{exponent}/1000")["loss"] = None if x is None else 2 + x
+        return lines
+
+    def test_is_the_depth_of_a_parabola(self, study, tmp_path):
+        found = results(study, self.lines((0.02, 0.06), "digits/E5M2/adamw/master"), tmp_path)
+        a, b, _ = np.polyfit([-1, 0, 1], [0.02, 0, 0.06], 2)
+        left = {arm.key: depth for arm, depth in found.left.items()}
+        np.testing.assert_allclose(left.pop("digits/E5M2/adamw/master"), b**2 / (4 * a))
+        assert set(left.values()) == {0.0}
+
+    @pytest.mark.parametrize("above", [None, 1e5])
+    def test_is_the_excess_of_a_neighbour_where_the_other_fails(self, study, tmp_path, above):
+        found = results(study, self.lines((0.02, above), "digits/E5M2/adamw/master"), tmp_path)
+        assert max(found.left.values()) == pytest.approx(0.02)
+
+    @pytest.mark.parametrize(("gain", "optimizer"), [(0.2, "adamw"), (-0.2, "before")])
+    def test_of_the_worse_arm_counts(self, study, tmp_path, monkeypatch, gain, optimizer):
+        monkeypatch.setitem(GAIN, "E5M2", gain)
+        for excess, sign in ((0.15, np.sign(gain)), (0.25, 0)):
+            for of in ("adamw", "before"):
+                found = results(study, self.lines((excess, None), f"digits/E5M2/{of}/master"), tmp_path)
+                arm = next(arm for arm in found.gains if arm.key == "digits/E5M2/before/master")
+                assert found.sign(arm) == (sign if of == optimizer else np.sign(gain))
+
+
 class TestVerdicts:
     """On hypotheses, by criteria that the page states."""
 
@@ -236,6 +267,16 @@ class TestVerdicts:
         found = results(study, make_lines(), tmp_path)
         assert study.verdicts.low_mantissa_gains(found)[0].word == "contradicted"
         assert study.verdicts.high_mantissa_gains(found)[0].word == "contradicted"
+
+    def test_of_high_mantissa_gains_are_those_of_equivalence(self, study, tmp_path, monkeypatch):
+        found = results(study, make_lines(), tmp_path)
+        assert [v.word for v in study.verdicts.high_mantissa_gains(found)] == ["supported", "supported"]
+        monkeypatch.setitem(GAIN, "E0M7", -0.3)  # A loss is no gain.
+        verdict = study.verdicts.high_mantissa_gains(results(study, make_lines(), tmp_path))[0]
+        assert (verdict.word, verdict.evidence[:2]) == ("not resolved", ("none", "E0M7"))
+        monkeypatch.setattr(sys.modules[__name__], "NOISE", 20 * NOISE)
+        found = results(study, make_lines(), tmp_path)
+        assert [v.word for v in study.verdicts.high_mantissa_gains(found)] == ["not resolved", "not resolved"]
 
     def test_of_the_slope_is_that_of_a_line_through_the_gains(self, study, tmp_path):
         found = results(study, make_lines(), tmp_path)
@@ -256,7 +297,16 @@ class TestVerdicts:
         monkeypatch.setitem(GAIN, "E7M0", 0.48)
         lines = make_lines()
         line_of(lines, "digits/E7M0/before/master/evaluate/2^-7/1")["loss"] = None
+        line_of(lines, "digits/E7M0/adamw/master/evaluate/2^-7/1")["loss"] = None
+        line_of(lines, "digits/E7M0/after/master/evaluate/2^-7/2")["loss"] = None
         assert study.verdicts.e7m0_fails(results(study, lines, tmp_path))[0].word == "supported"
+
+    def test_of_e7m0_prefer_an_optimizer_without_failures(self, study, tmp_path, monkeypatch):
+        monkeypatch.setitem(GAIN, "E7M0", 0.48)
+        lines = make_lines()
+        line_of(lines, "digits/E7M0/before/master/evaluate/2^-7/1")["loss"] = None
+        found = results(study, lines, tmp_path)
+        assert study.verdicts.best_gap(found, "digits", "E7M0", "master")[0].optimizer == "adamw"
 
     def test_overall_is_that_of_more_than_half(self, study):
         words = ["supported", "supported", "contradicted", "not resolved"]
@@ -306,9 +356,9 @@ class TestPage:
     def test_has_numbers_that_follow_from_the_lines_whose_keys_it_shows(self, page):
         lines = make_lines()
         html_page, _ = page(lines)
-        rows = [row for row in Tables(html_page).rows if len(row) == 13 and row[0] == "digits"]
+        rows = [row for row in Tables(html_page).rows if len(row) == 15 and row[0] == "digits"]
         assert len(rows) == 2 * len(CONFIG["formats"])
-        for _, _, _, _, gain, interval, corrected, p, _, _, adamw, variant, seeds in rows:
+        for *_, gain, interval, corrected, p, _, _, _, _, adamw, variant, seeds in rows:
             first, last = map(int, re.fullmatch(r"seeds (\d)-(\d)", seeds).groups())
             losses = [
                 [line_of(lines, f"{key}/{s}")["loss"] for s in range(first, last + 1)] for key in (adamw, variant)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from config import StudyConfig
+from config import CONTROL, StudyConfig
 
 import altgrad_jax as ag
 
@@ -22,8 +22,9 @@ class Arm:
     Adam's directions multiplied *after* it, or *both*; momentum in grid steps without weight decay (AltGrad's
     GridOptim), which on float32 master weights makes fractions of steps.
 
-    Storages: float32 weights that know no grid in the forward pass; float32 master weights with a rounded forward
-    pass; numbers of the grid alone, rounded stochastically or to nearest; positions with 8 more bits.
+    Storages: float32 weights, which no pass rounds, with AdamW alone; the same with all optimizers, as a control of
+    what stiffness does without a grid ("unrounded"); float32 master weights with a rounded forward pass; numbers of
+    the grid alone, rounded stochastically or to nearest; positions with 8 more bits.
     """
 
     task: str
@@ -53,7 +54,9 @@ class Arm:
 
     def values(self, stored: optax.Params, grid: optax.Params | None = None) -> optax.Params:
         """The weights of the forward pass. Their gradient is that of the stored ones: it passes straight through."""
-        return stored if self.storage == "float32" else ag.from_grid(self.grid(stored) if grid is None else grid)
+        if self.storage in ("float32", CONTROL):
+            return stored
+        return ag.from_grid(self.grid(stored) if grid is None else grid)
 
     def extra_args(self, grid: optax.Params) -> dict[str, Any]:
         """What the optimizer has to be told: on_grid knows the scales of its grids, others do not."""

@@ -8,6 +8,7 @@ Needs nothing but the JSONL file, which may be incomplete: the page says what is
 
 import argparse
 import collections
+import dataclasses
 import itertools
 import pathlib
 
@@ -52,20 +53,29 @@ def gains(study: Study) -> Section:
         "Gain: validation loss of AdamW minus that of the variant, in nats, of the same task, format, storage and "
         "seed, each at its own best learning rate. Mean over seeds, and a 95 % interval by t. The corrected interval "
         f"holds for all {study.comparisons} comparisons of the study at once (Bonferroni), and so do Holm's p-values. "
-        + _same(study)
+        f"{_same(study)} Intervals are over seeds, of one set of validation examples, at the learning rates that other "
+        "seeds chose. How much a finer grid of learning rates might take from a loss is estimated by a parabola "
+        "through the chosen rate and its neighbours: a gain or loss counts as certain where its corrected interval "
+        "excludes zero by more than that."
     ]
     for task, storage in study.places():
         cells = {f: [_pivot(study, Arm(task, f, o, storage)) for o in study.variants] for f in study.config.formats}
         rows = [(name, *row) for name, row in cells.items()]
-        blocks.append(Table(f"Gain, {task}, {storage}. A star: the corrected interval excludes zero.", columns, rows))
+        blocks.append(Table(f"Gain, {task}, {storage}. A star: certain.", columns, rows))
     rows = []
     for arm, gain in study.gains.items():
         cells = gain_cells(study, gain)
         keys = f"`{gain.keys[0]}`", f"`{gain.keys[1]}`", gain.seeds_text
         p = f"{gain.sample.p:.2g}", f"{study.holm[arm]:.2g}"
-        rows.append((arm.task, arm.storage, arm.format, arm.optimizer, *cells, *p, str(len(gain.failed)), *keys))
-    columns = (*(*ARM, "gain", "95 %", "corrected", "p", "Holm p", "not finite", "AdamW", "variant", "seeds"),)
-    caption = "All gains. Each is the mean over seeds of `loss` in line AdamW/seed minus `loss` in line variant/seed."
+        pair = dataclasses.replace(arm, optimizer="adamw"), arm
+        p += *(f"{study.left.get(a, np.nan):.4f}" for a in pair), str(len(gain.failed))
+        rows.append((arm.task, arm.storage, arm.format, arm.optimizer, *cells, *p, *keys))
+    numbers = "gain", "95 %", "corrected", "p", "Holm p", "left to AdamW", "left to variant", "not finite"
+    columns = *ARM, *numbers, "AdamW", "variant", "seeds"
+    caption = (
+        "All gains. Each is the mean over seeds of `loss` in line AdamW/seed minus `loss` in line variant/seed. Left: "
+        "what a finer grid of learning rates might take from the loss of either."
+    )
     return Section("Gains", [*blocks, Table(caption, columns, rows, in_markdown=False)])
 
 
@@ -118,7 +128,10 @@ def weights(study: Study) -> Section:
 
 
 def movements(study: Study) -> Section:
-    text = "Of seed 0: the share of the weights by signed grid steps since the start, on the grid of the start."
+    text = (
+        "Of seed 0: the share of the weights by signed grid steps since the start, on the grid of the start. A whole "
+        "number at an edge belongs to the bin above it, so that whole steps look a little lopsided."
+    )
     pictures = [Picture(f"Grid steps moved, {task}.", figures.histograms(study, task)) for task in study.config.tasks]
     return Section("ULP positions over training", [text, *pictures])
 
@@ -164,7 +177,10 @@ def reasons(study: Study) -> Section:
     text = (
         "Rank correlations (Spearman) over the different 8-bit formats, of the mean gain with what a format is, or "
         "with what AdamW measured in it. These are observations of few formats, whose properties go together: they "
-        "suggest causes, and show none. Among so many, a strong one by chance is to be expected."
+        "suggest causes, and show none. Among so many, a strong one by chance is to be expected. Beware of the scales: "
+        "8-bit formats have one per row, so that in a uniform one (E0M7), whose spacing is the same all over a row, "
+        "stiffness after Adam is a learning rate per row, and nothing else; what another format gains more than E0M7 "
+        "is due to the shape of its grid."
     )
     blocks = [text, f"The strongest is {clearest[0]:+.2f}, of {clearest[1]}."] if clearest else [text]
     blocks.append(Table("Rank correlation of the gain.", ("task", "storage", "optimizer", "formats", *measures), rows))

@@ -33,7 +33,7 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "study.jsonl"
 
 
 def header(config: StudyConfig) -> dict[str, Any]:
-    """The first line of a file of results: all that they depend on."""
+    """The first line of a file of results: what they depend on, but for the code."""
     data = {name: tasks.load(name).fingerprint() for name in config.tasks}
     return {"kind": "study", "config": dataclasses.asdict(config), "data": data, "jax": jax.__version__}
 
@@ -46,7 +46,7 @@ def finished_lines(path: pathlib.Path, first: dict[str, Any]) -> list[dict]:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        path.write_bytes(whole)
+        os.truncate(path, len(whole))
     lines = [json.loads(line) for line in whole.splitlines()]
     if not lines:
         path.write_text(json.dumps(first) + "\n")
@@ -63,7 +63,8 @@ def run_all(config: StudyConfig, path: pathlib.Path, workers: int) -> None:
     known: dict[tuple, dict] = {}
     lines = finished_lines(path, header(config))
     for line in lines:
-        cell = "freeze" if line["kind"] == "freeze" else "study", *(line[f.name] for f in dataclasses.fields(Arm))
+        role = "freeze" if line["storage"] == "nearest" else "study"
+        cell = role, *(line[field.name] for field in dataclasses.fields(Arm))
         known.setdefault(cell, {})[line["key"]] = line
     # In the environment of the workers, before their XLA reads it: one thread each, for the same sums everywhere.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"

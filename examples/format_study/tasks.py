@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import pathlib
 import pydoc_data.topics
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -105,13 +106,18 @@ def load(name: str) -> Task:
         raise ValueError(f"tasks must be char_lm, digits or a file of text or .npz, got {name!r}, which is no file.")
     if path.suffix != ".npz":
         return _text(path.read_text("utf-8"))
-    with np.load(path) as arrays:
-        if not {"x", "y"} <= set(arrays):
-            raise ValueError(f"{path} must hold inputs x and labels y, got {sorted(arrays)}.")
-        x, y = arrays["x"], arrays["y"]
-    if not (len(x) == len(y) >= 10 and y.ndim == 1 and np.issubdtype(y.dtype, np.integer) and y.min() >= 0):
-        raise ValueError(f"{path} must hold x [n, ...] and non-negative integers y [n], got {x.shape} and {y.shape}.")
+    try:
+        with np.load(path) as arrays:
+            x, y = arrays["x"], arrays["y"]
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} must be an .npz file with inputs x and labels y: {error}.") from error
+    if not (y.ndim == 1 and x.shape[:1] == y.shape and len(y) >= 10):
+        raise ValueError(f"{path} must hold x [n, ...] and y [n], n >= 10, got {x.shape} and {y.shape}.")
+    if not (np.issubdtype(y.dtype, np.integer) and y.min() >= 0):
+        raise ValueError(f"labels y must be non-negative integers, got {y.dtype} from {y.min()} in {path}.")
     x = x.reshape(len(x), -1).astype(np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f"inputs x must be finite, got {np.sum(~np.isfinite(x))} that are not in {path}.")
     return _classification((x - x.mean(0)) / np.maximum(x.std(0), 1e-6), y, lambda *rows: rows)
 
 

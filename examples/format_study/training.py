@@ -117,16 +117,16 @@ def study(task: Task, arm: Arm, config: StudyConfig, known: dict[str, dict]) -> 
         return trainer(task, arm, config), tuple(map(jnp.asarray, task.data))
 
     def lines(role: str, runs: list[tuple[int, int]]) -> Iterator[dict]:
-        """Lines of runs with (exponent, seed), as many at once as there are lanes."""
+        """Lines of runs with (place of the learning rate, seed), as many at once as there are lanes."""
         for start in range(0, len(runs), config.lanes):
-            chunk = runs[start : start + config.lanes]
-            keys = [f"{arm.key}/{role}/2^{exponent}/{seed}" for exponent, seed in chunk]
+            chunk = [(place / config.rates_per_octave, seed) for place, seed in runs[start : start + config.lanes]]
+            keys = [f"{arm.key}/{role}/2^{exponent:g}/{seed}" for exponent, seed in chunk]
             if not all(key in known for key in keys):
                 train, data = compiled()
-                exponents, seeds = np.array(chunk + chunk[-1:] * (config.lanes - len(chunk))).T
+                exponents, seeds = zip(*chunk, *chunk[-1:] * (config.lanes - len(chunk)), strict=True)
                 weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(task.start, seeds))
                 rows = jnp.stack([task.rows(seed, config) for seed in seeds])
-                results = train(data, weights, rows, 2.0 ** exponents.astype(np.float32), np.uint32(seeds))
+                results = train(data, weights, rows, np.float32(2.0 ** np.array(exponents)), np.uint32(seeds))
                 numbers = {"loss": results["losses"][:, -1]}
                 if role == "evaluate":
                     numbers |= {name: results.pop(name) for name in ("losses", "accuracies")}
@@ -142,14 +142,14 @@ def study(task: Task, arm: Arm, config: StudyConfig, known: dict[str, dict]) -> 
             yield from (known[key] for key in keys)
 
     selected = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + config.selection_seeds)
-    losses, first = {}, FIRST_EXPONENT[arm.optimizer] - config.learning_rates // 2
+    losses, first = {}, FIRST_EXPONENT[arm.optimizer] * config.rates_per_octave - config.learning_rates // 2
     window = range(first, first + config.learning_rates)
     for _ in range(1 + SEARCH_LIMIT):
-        for line in lines("select", [(exponent, seed) for exponent in window for seed in selected]):
-            exponent = round(np.log2(line["learning_rate"]))
-            losses.setdefault(exponent, []).append(np.inf if line["loss"] is None else line["loss"])
+        for line in lines("select", [(place, seed) for place in window for seed in selected]):
+            place = round(np.log2(line["learning_rate"]) * config.rates_per_octave)
+            losses.setdefault(place, []).append(np.inf if line["loss"] is None else line["loss"])
             yield line
-        best = min(losses, key=lambda exponent: (np.mean(losses[exponent]), exponent))
+        best = min(losses, key=lambda place: (np.mean(losses[place]), place))
         if best == min(losses):
             window = range(best - config.learning_rates, best)
         elif best == max(losses):
