@@ -1,6 +1,6 @@
 """Which 8-bit format gains most from updates that know its geometry? Trains a matrix of arms and appends every run.
 
-    $ python examples/format_study/study.py            # all of it; 80 minutes on two cores
+    $ python examples/format_study/study.py            # all of it; 51 minutes on two cores
     $ python examples/format_study/study.py --quick    # the whole way in less than two minutes
     $ python examples/format_study/report.py           # HTML and Markdown of what is there
 
