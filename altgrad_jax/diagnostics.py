@@ -315,7 +315,9 @@ def predict_freeze(trace: Any, format: Any, *, scale: Any = 1.0, fraction_bits: 
     """From a float32 trajectory, when weights that are rounded to nearest on a grid would stop to move.
 
     A weight on the grid takes the steps of the trajectory, but rounds to nearest after each and remembers nothing:
-    from then on it is frozen at where the trajectory left it. Its gradients are assumed to be those of the float32 run.
+    from then on it is frozen at where the trajectory left it. Its gradients are assumed to be those of the float32 run:
+    where freezing costs much loss they are larger, and fewer weights freeze (in `examples/format_study` the share that
+    never moves was up to 0.10 smaller than predicted).
 
     Args:
         trace: A tree of real arrays `[steps + 1, ...]`: the weights before the first step and after each.

@@ -304,8 +304,17 @@ class TestResumption:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert self.finish(path, config) == json.loads(json.dumps(lines))
 
+    def test_is_of_one_process(self, modules, tmp_path):
+        path = tmp_path / "study.jsonl"
+        with modules["study"].appending(path):  # noqa: SIM117
+            with pytest.raises(ValueError, match="another process writes"), modules["study"].appending(path):
+                pass
+        with modules["study"].appending(path):
+            pass
+
     def test_refuses_another_study(self, modules, tmp_path, small):
         path = tmp_path / "study.jsonl"
+        path.touch()
         modules["study"].finished_lines(path, modules["study"].header(small))
         other = dataclasses.replace(small, steps=16)
         with pytest.raises(ValueError, match="holds another study"):

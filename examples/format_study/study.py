@@ -12,6 +12,7 @@ same lines, times aside. Needs `pip install -e ".[examples]"`.
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -20,7 +21,8 @@ import os
 import pathlib
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 import jax
 import tasks
@@ -28,6 +30,11 @@ import training
 from arms import Arm, jobs
 from config import StudyConfig, add_arguments, configuration
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Not on Windows, where two processes may write one file.
+    fcntl = None
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "study.jsonl"
 
@@ -40,9 +47,6 @@ def header(config: StudyConfig) -> dict[str, Any]:
 
 def finished_lines(path: pathlib.Path, first: dict[str, Any]) -> list[dict]:
     """The lines of earlier sessions, after cutting off one that a kill left unfinished."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
@@ -58,7 +62,20 @@ def finished_lines(path: pathlib.Path, first: dict[str, Any]) -> list[dict]:
     return lines[1:]
 
 
-def run_all(config: StudyConfig, path: pathlib.Path, workers: int) -> None:
+@contextlib.contextmanager
+def appending(path: pathlib.Path) -> Iterator[TextIO]:
+    """Opens a file of results for this process alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process writes {path}: wait for it, or name another file.") from error
+        yield file
+
+
+def run_all(config: StudyConfig, path: pathlib.Path, file: TextIO, workers: int) -> None:
     """Does all jobs and appends their new lines, those of a job together, in the order of the jobs."""
     known: dict[tuple, dict] = {}
     lines = finished_lines(path, header(config))
@@ -79,7 +96,7 @@ def run_all(config: StudyConfig, path: pathlib.Path, workers: int) -> None:
     bar = tqdm(total=round(sum(cost(job) for job in plan)), unit="core s", smoothing=0.05)
     try:
         futures = [pool.submit(work, *job, config, known.get((job[0], *vars(job[1]).values()), {})) for job in plan]
-        with path.open("a") as file, bar:
+        with bar:
             for job, future in zip(plan, futures, strict=True):
                 bar.set_postfix_str(job[1].key, refresh=False)
                 for line in future.result():
@@ -135,7 +152,10 @@ def main() -> None:
         args.out = pathlib.Path("out") / "quick_study.jsonl"
     jax.config.update("jax_platforms", "cpu")
     try:
-        run_all(configuration(args), args.out, args.workers)
+        config = configuration(args)
+        header(config)  # Raises for tasks that cannot be loaded, before there is a file.
+        with appending(args.out) as file:
+            run_all(config, args.out, file, args.workers)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(args.out)

@@ -94,7 +94,7 @@ class Mlp(nn.Module):
 
 @functools.cache
 def load(name: str) -> Task:
-    """The task of a name: "char_lm", "digits", or a file of text or .npz."""
+    """The task of a name: "char_lm", "digits", or a file of text or .npz, whose inputs are standardized."""
     if name == "char_lm":
         topics = pydoc_data.topics.topics
         return _text("\n".join(topics[topic] for topic in sorted(topics)))
