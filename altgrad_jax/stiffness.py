@@ -156,7 +156,7 @@ def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraA
             return _saturate(position + ulps_moved(w, u, format, scale))
 
         positions = jax.tree.map(leaf, params, state.ulp_position, updates, grid_scale, is_leaf=is_grid_array)
-        return updates, UlpPositionState(positions)
+        return jax.tree.map(_pinned, updates), UlpPositionState(positions)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -196,6 +196,17 @@ def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:
     """Rounds to the dtype of another array: arithmetically, as XLA may remove a cast to a small dtype and back."""
     own = own_format(jnp.result_type(like))
     return round_nearest(x, own) if own.bits < 32 else x
+
+
+def _pinned(update: Any) -> Any:
+    """The update itself, in float16 in a form that XLA cannot leave unrounded where it is applied.
+
+    On CPUs with float16 arithmetic it would contract a product and the sum with the parameter to one operation, and
+    store another number than the one that is counted.
+    """
+    if jnp.result_type(update) != jnp.float16:
+        return update
+    return jnp.where(jnp.isfinite(update), _as_stored(as_real(update), update).astype(jnp.float16), update)
 
 
 def _without_grid_arrays(tree: Any) -> Any:

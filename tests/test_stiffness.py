@@ -122,8 +122,17 @@ class TestTrackUlpPosition:
     """(w_after - w_before) / spacing(w_before), accumulated; updates pass."""
 
     def test_passes_updates_through(self):
-        tracker, u = ag.track_ulp_position(), {"w": jnp.array([0.1, -0.2])}
-        assert tracker.update(u, tracker.init(u), u)[0] is u
+        tracker, u = ag.track_ulp_position(), {"w": jnp.array([0.1, -0.2]), "v": jnp.array([0.1], jnp.bfloat16)}
+        passed = tracker.update(u, tracker.init(u), u)[0]
+        assert all(passed[name] is u[name] for name in u)
+
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_passes_every_float16(self, jit):
+        """In which updates are rounded once more, to what they are."""
+        tracker, u = ag.track_ulp_position(), jnp.asarray(np.arange(2**16, dtype=np.uint16).view(np.float16))
+        w = jnp.ones_like(u)
+        update = jax.jit(tracker.update) if jit else tracker.update
+        np.testing.assert_array_equal(update(u, tracker.init(w), w)[0], u)
 
     def test_counts_the_ulps_of_the_parameters_own_dtype(self):
         for dtype, ulp in ((jnp.float32, 2.0**-23), (jnp.bfloat16, 2.0**-7), (jnp.float16, 2.0**-10)):
