@@ -55,6 +55,14 @@ def on_grid(
     errors of the first steps, whose c is still small, a part is not given back: with b = 0.9 78 % of the first one's,
     2 % of the 30th's.
 
+    With `rounding="nearest"` a weight is stored as the number that is nearest to where its momentum leads in the end:
+
+        M <- b M + (1 - b) u;  w' = nearest(w + M / (1 - b));  M <- M + (1 / b - 1) (M - (w' - w))
+
+    Then w + M / (1 - b) is the sum of all updates, as a float32 copy of the weight would be, and w' the nearest number
+    to it: no dead zone, no noise, and no error that takes time to return. The momentum holds what w lacks, and smooths
+    nothing. See the README for what either costs.
+
     Belongs at the end of a chain: what follows it, but for `track_ulp_position`, would scale whole steps.
 
     Args:
@@ -107,6 +115,8 @@ def on_grid(
     check_number("momentum", beta, "(0, 1)")
     check_number("seed", seed, "[0, 4294967295]", integer=True)
     inner = optax.with_extra_args_support(inner)
+    # Nearest numbers are taken of where a momentum leads to in the end.
+    ahead = 1 / (1 - beta) if feedback and rounding == "nearest" else None
 
     def init(params):
         floats = from_grid(params, full=True)
@@ -130,7 +140,11 @@ def on_grid(
                 lambda m, u: (beta * m + (1 - beta) * u.astype(m.dtype)).astype(m.dtype), state.momentum, moves
             )
             dtypes = jax.tree.map(lambda u: u.dtype, moves)
-            moves = jax.tree.map(lambda m: (m / correction).astype(m.dtype), carried)
+            moves = jax.tree.map(
+                lambda p, m: m if ahead and is_grid_array(p) else (m / correction).astype(m.dtype),
+                *(params, carried),
+                is_leaf=is_grid_array,
+            )
 
         with_path, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_grid_array)
         steps, errors = tree.flatten_up_to(moves), [0.0] * len(with_path)
@@ -138,12 +152,12 @@ def on_grid(
         for i, (path, param) in enumerate(with_path):
             if is_grid_array(param):
                 words = leaf_words(seed, path, state.grid_step) if rounding == "stochastic" else None
-                steps[i], errors[i], counts = stored(param, steps[i], words, rescale_due(state.grid_step))
+                steps[i], errors[i], counts = stored(param, steps[i], words, rescale_due(state.grid_step), ahead)
                 rounded, saturated = rounded + counts[0], saturated + counts[1]
             elif feedback:
                 steps[i] = steps[i].astype(tree.flatten_up_to(dtypes)[i])
         if feedback:
-            gain = (1 / beta - 1) * correction
+            gain = (1 / beta - 1) * (1.0 if ahead else correction)
             carried = jax.tree.map(lambda m, e: (m + gain * e).astype(m.dtype), carried, tree.unflatten(errors))
         state = OnGridState(state.grid_step + 1, rounded, saturated, carried, inner_state)
         return tree.unflatten(steps), state
@@ -152,7 +166,11 @@ def on_grid(
 
 
 def stored(
-    param: GridArray, move: jax.Array, words: jax.Array | None, look: jax.Array
+    param: GridArray,
+    move: jax.Array,
+    words: jax.Array | None,
+    look: jax.Array,
+    ahead: float | None = None,
 ) -> tuple[GridArray, jax.Array, tuple[jax.Array, jax.Array]]:
     """Rounds a movement of a GridArray to whole steps.
 
@@ -161,6 +179,7 @@ def stored(
         move: Intended movement in real units, float32, shape of the array.
         words: Key of the random bits, uint32 of shape `[2]`; None rounds to nearest-even.
         look: bool, []. Whether to grow the scales that have too little headroom left.
+        ahead: How many times the movement is to be made in the end; its number is stored at once. None: once.
 
     Returns:
         The update to add; the error, intended minus stored, float32, shape of the array; and how many elements the
@@ -169,7 +188,7 @@ def stored(
     grid, before, move = param.grid, param.value(full=True), as_real(move).astype(jnp.float32)
     grow, counts = jax.lax.cond(look, _headroom, _no_look, param)
     scale = grow * param.scale
-    target = before + move
+    target = before + (move if ahead is None else ahead * move)
     index = nearest_index(target / scale, grid)
     if words is not None:
         # Where nothing is to move, only a grown scale can leave a rest: nearest-even, not at random.

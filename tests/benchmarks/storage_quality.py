@@ -61,7 +61,8 @@ VARIANTS = {
 class Arm:
     """A way to store the weights and the moments."""
 
-    storage: str  # adamw, laprop, master, nearest, stochastic, feedback, feedback_nearest, feedback_hidden or fraction8
+    # adamw, laprop, rmsprop, master, nearest, stochastic, feedback, feedback_nearest, feedback_hidden or fraction8
+    storage: str
     moments: str  # float32 or 8bit
     format: str | None = None  # Without the "float8_"; None for float32 weights.
     scale: str | None = "row"  # One scale per row, column or tensor.
@@ -80,7 +81,7 @@ class Arm:
     @property
     def robustness(self) -> bool:
         """Whether the arm is trained with other hyperparameters too."""
-        one_of_many = (self.storage == "laprop" and self.format) or (self.feedback and self.storage != "feedback")
+        one_of_many = (self.storage == "laprop" and self.format) or self.storage == "feedback_hidden"
         return self.headline and self.format != "e5m2" and not one_of_many
 
     @property
@@ -109,15 +110,15 @@ class Arm:
 
     def optimizer(self, learning_rate: Callable, b2: jax.Array, seed: jax.Array) -> optax.GradientTransformation:
         rounding = "nearest" if self.storage.endswith("nearest") else "stochastic"
-        if self.feedback or self.storage == "laprop":
+        if self.feedback or self.storage in ("laprop", "rmsprop"):
             # AdamW in LaProp order, as the momentum that carries the rounding error is behind the normalisation.
             inner = optax.chain(
                 optax.scale_by_rms(b2, EPS, eps_in_sqrt=False, bias_correction=True),
                 optax.add_decayed_weights(WEIGHT_DECAY),
                 optax.scale_by_learning_rate(learning_rate),
             )
-            if self.storage == "laprop":
-                return optax.chain(inner, optax.ema(B1))
+            if not self.feedback:
+                return optax.chain(inner, optax.ema(B1)) if self.storage == "laprop" else inner
             tx = ag.on_grid(inner, rounding=rounding, feedback="momentum", momentum=B1, seed=seed)
         else:
             tx = optax.adamw(learning_rate, B1, b2, EPS, weight_decay=WEIGHT_DECAY)
@@ -144,22 +145,23 @@ def stored_on_grid(leaf: Any) -> bool:
     return isinstance(leaf, ag.GridArray)
 
 
-ADAMW, LAPROP = Arm("adamw", "float32", scale=None), Arm("laprop", "float32", scale=None)
+ADAMW, LAPROP, RMSPROP = (Arm(storage, "float32", scale=None) for storage in ("adamw", "laprop", "rmsprop"))
 ARMS = sorted(
-    # laprop tells what of feedback is the order of its AdamW, and what the storage.
-    [ADAMW, Arm("adamw", "8bit", scale=None), LAPROP]
+    # laprop and rmsprop tell what of feedback, stochastic and nearest, is its AdamW, and what the storage.
+    [ADAMW, Arm("adamw", "8bit", scale=None), LAPROP, RMSPROP]
     + [
         Arm(storage, moments, format)
         for format in FORMATS
-        for storage in ("feedback", "fraction8", "master", "stochastic", "nearest")
+        for storage in ("feedback", "feedback_nearest", "fraction8", "master", "stochastic", "nearest")
         for moments in ("8bit", "float32")
+        if (storage, moments) != ("feedback_nearest", "float32")
     ],
     key=lambda arm: (not arm.robustness, not arm.headline),  # What an interrupted run should have.
 )
 # Of language models alone: other ways of feedback, and master weights whose optimizer has the order that feedback has.
 LANGUAGE_ARMS = (
     [Arm("feedback", "float32", "e4m3fn", scale) for scale in ("tensor", "column")]
-    + [Arm(f"feedback_{variant}", "8bit", "e4m3fn") for variant in ("nearest", "hidden")]
+    + [Arm(f"feedback_{variant}", "8bit", "e4m3fn") for variant in ("hidden",)]
     + [Arm("laprop", "float32", format) for format in FORMATS]
 )
 
@@ -668,23 +670,27 @@ def report(runs: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-GAPS = ["gap to adamw", "gap to laprop", "gap to master"]
+GAPS = ["gap to adamw", "gap to laprop", "gap to rmsprop", "gap to master"]
 EVALUATION = ["learning rate", "loss", *GAPS, "seeds", "stalled", "bytes per weight"]
 
 
 def evaluation(arm: Arm, own: Callable[[Arm], dict[int, dict]]) -> list[str]:
-    """The cells of an arm. The gaps are to float32 AdamW, for feedback also in LaProp order, and to float32 master
-    weights of its format with float32 moments (for feedback in that order, on language models).
+    """The cells of an arm. The gaps are to float32 AdamW, for feedback also in LaProp order, or without a momentum if
+    it rounds to nearest, and to float32 master weights of its format with float32 moments (for stochastic feedback in
+    that order, on language models).
     """
     runs = own(arm)
     one, stalls = next(iter(runs.values())), [run["stall"] for run in runs.values() if run["stall"] is not None]
     master, laprop = (Arm(storage, "float32", arm.format) for storage in ("master", "laprop"))
-    master = laprop if arm.feedback and own(laprop) else master
+    nearest = arm.storage == "feedback_nearest"
+    master = laprop if arm.feedback and not nearest and own(laprop) else master
+    in_order = (arm.feedback and not nearest) or arm.storage == "laprop"
     return [
         f"{one['learning_rate']:.4g}",
         loss(runs),
         gap(runs, own(ADAMW)) if arm != ADAMW else "",
-        gap(runs, own(LAPROP)) if (arm.feedback or arm.storage == "laprop") and arm != LAPROP else "",
+        gap(runs, own(LAPROP)) if in_order and arm != LAPROP else "",
+        gap(runs, own(RMSPROP)) if nearest else "",
         gap(runs, own(master)) if arm != master else "",
         str(len(runs)),
         f"{np.mean(stalls):.1%}" if stalls else "",
@@ -717,7 +723,7 @@ def described(arm: Arm) -> list[str]:
 
 
 def reading_order(arm: Arm) -> tuple:
-    storages = ("adamw", "laprop", "master", "fraction8", "feedback", "stochastic", "nearest")
+    storages = ("adamw", "laprop", "rmsprop", "master", "fraction8", "feedback", "stochastic", "nearest")
     return (
         storages.index(arm.storage.partition("_")[0]),
         arm.storage,
