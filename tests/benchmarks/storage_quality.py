@@ -1,6 +1,6 @@
 """How far training with weights stored on an 8-bit grid stands from float32 AdamW, and from float32 master weights.
 
-    python tests/benchmarks/storage_quality.py            # everything; 70 minutes on two cores
+    python tests/benchmarks/storage_quality.py            # everything; 80 minutes on two cores
     python tests/benchmarks/storage_quality.py --quick    # three arms of two tiny tasks, in a temporary file
     python tests/benchmarks/storage_quality.py --report   # the tables of what is there
 
