@@ -11,7 +11,7 @@ import optax
 from altgrad_jax._checks import check_number
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid import as_real
-from altgrad_jax.grid_array import RESCALE_PERIOD, GridArray, is_grid_array, nan_index, rescale_due, with_nan
+from altgrad_jax.grid_array import RESCALE_PERIOD, GridArray, is_grid_array, nan_index, with_nan
 from altgrad_jax.rounding import leaf_words, nearest_index, power_of_two_scale, random_bits, stochastic_index
 
 # Three mantissa bits and 2**18 between the smallest and the largest number.
@@ -58,11 +58,11 @@ def compress_state(
     division by the second moment, where `grid_adamw` has it, there are none such. A nonzero second moment never
     becomes 0, and a negative one becomes NaN.
 
-    At the start, after 1, 2, 4, 8, 16 and 32 steps and then every 64 steps the scales are chosen anew, such that a
-    first moment can grow 16 times until the next look and a second one 1024 times; every 256 steps (at the start, at
-    each look) they shrink to a half and a quarter at most, as gradients can pause. What grows further saturates until
-    the next look: `saturated` counts the elements that are still there then, which is a lower bound. For the
-    scales, a step that looks runs the inner transformation twice.
+    At each of the first 64 steps and then every 64 steps the scales are chosen anew, such that a first moment can grow
+    16 times until the next look and a second one 1024 times; every 256 steps (at the start, at each look) they shrink
+    to a half and a quarter at most, as gradients can pause. What grows further saturates until the next look, and so
+    does all of a leaf whose first gradient comes later: `saturated` counts the elements that are still there then,
+    which is a lower bound. For the scales, a step that looks runs the inner transformation twice.
 
     Works around any transformation, `on_grid` included, whose momentum is a first moment. Not for those that subtract
     the square of a first moment from a second, which rounding can make negative (`optax.rmsprop(centered=True)`), and
@@ -168,7 +168,9 @@ def compress_state(
         def no_look():
             return [moment.scale for _, _, moment in stored], jnp.uint32(0)
 
-        scales, saturated = jax.lax.cond(rescale_due(state.moment_step), look, no_look)
+        # Often at the start, as optax.MultiSteps makes its first real step after several without any.
+        due = (state.moment_step < RESCALE_PERIOD) | (state.moment_step % RESCALE_PERIOD == 0)
+        scales, saturated = jax.lax.cond(due, look, no_look)
         updated, moments = inner_update()
         for (i, path, moment), scale in zip(stored, scales, strict=True):
             words = leaf_words(seed, path, state.moment_step)

@@ -125,9 +125,9 @@ def grid_adamw(
         eps: Added to the root of the second moment, >= 0.
         weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
         moments: "8bit", or "float32" without `compress_state`.
-        rounding: "stochastic" or "nearest", as in `on_grid`. With feedback, "nearest" makes a copy without rounding
-            errors of the momentum, which then smooths nothing: RMSprop with decoupled weight decay. It was the better
-            one in most runs of the README's table, and not for the GPT.
+        rounding: "stochastic" or "nearest", as in `on_grid`. With feedback, "nearest" makes the rest of a finer copy of
+            the momentum of what is stored, which then smooths nothing: AdamW with b1 = 0. It was the better one on
+            most tasks of the README's table, and not on the GPT.
         feedback: "momentum", or None: as in `on_grid`. For parameters with 8 fraction bits None does as well.
         seed: Of the random bits, as in `on_grid`.
         mask: Which leaves decay, as in `optax.adamw`: a tree of booleans or a function from parameters to one.

@@ -59,9 +59,10 @@ def on_grid(
 
         M <- b M + (1 - b) u;  w' = nearest(w + M / (1 - b));  M <- M + (1 / b - 1) (M - (w' - w))
 
-    Then w + M / (1 - b) is the sum of all updates, as a float32 copy of the weight would be, and w' the nearest number
-    to it: no dead zone, no noise, and no error that takes time to return. The momentum holds what w lacks, and smooths
-    nothing. See the README for what either costs.
+    After it w' + b M / (1 - b) is the start plus the sum of all updates, as a float32 copy of the weight would be, but
+    for what saturates, and w' is the nearest number to it: no dead zone, and no error that takes time to return. The
+    momentum of what is stored holds the rest, and smooths nothing. In one byte (`compress_state`) it holds about four
+    bits of it, rounded stochastically. See the README for what either costs.
 
     Belongs at the end of a chain: what follows it, but for `track_ulp_position`, would scale whole steps.
 
@@ -196,8 +197,9 @@ def stored(
         index = jnp.where(move == 0, index, chance)
     after = decoded(index, grid) * scale
     # Of the movement, as the sum has lost what is below its own float32 ULP; without what saturates, as a momentum
-    # that carried it would wind up and overshoot.
-    error = jnp.where(jnp.abs(target) <= grid.max * scale, move - (after - before), 0 * move)
+    # that carried it would wind up and overshoot; of a movement that is stored ahead nothing is left to make.
+    beyond = 0 * move if ahead is None else (1 - ahead) * move
+    error = jnp.where(jnp.abs(target) <= grid.max * scale, move - (after - before), beyond)
     # In the dtype of the index, modulo its range: through int32 the sum would take a kernel of its own on TPUs.
     step = with_nan(index, target, param.index.dtype) - param.index
     return dataclasses.replace(param, index=step, scale=scale - param.scale), error, counts

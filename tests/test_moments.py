@@ -341,6 +341,32 @@ class TestNnxOptimizer:
         assert int(optax.tree.get(nnx.as_pure(optimizer.opt_state), "moment_step")) == 30
 
 
+class TestSchedules:
+    """Moments that are made at some steps only."""
+
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+    @pytest.mark.parametrize("k", [3, 8, 32])
+    def test_of_multi_steps_arrive(self, rounding, k):
+        params = ag.to_grid(jax.random.normal(jax.random.key(0), (16, 16)), fraction_bits=8)
+        inner = optax.MultiSteps(optax.sgd(0.01), k)
+        inner = optax.GradientTransformationExtraArgs(inner.init, inner.update)
+        tx = ag.compress_state(ag.on_grid(inner, rounding=rounding, feedback="momentum"), min_size=1)
+
+        @jax.jit
+        def scan(params, state):
+            def step(carry, _):
+                params, state = carry
+                updates, state = tx.update(jnp.full((16, 16), -1.0), state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, state), length=320)[0]
+
+        after, _ = scan(params, tx.init(params))
+        moved = ag.from_grid(after, full=True) - ag.from_grid(params, full=True)
+        # The last update of the momentum that smooths may still be under way.
+        np.testing.assert_allclose(float(moved.mean()), 0.01 * (320 // k), rtol=0.05, atol=0.011)
+
+
 class TestBytes:
     """Parameters and optimizer state of a model of ten million weights, scales included."""
 

@@ -278,7 +278,21 @@ class TestRescale:
         tx = ag.on_grid(optax.scale(1.0), rounding="nearest", feedback="momentum")
         state = tx.init(params)._replace(grid_step=jnp.uint32(3))
         _, state = tx.update(jnp.full((1, 1), 50.0), state, params)
-        np.testing.assert_allclose(state.momentum, [[5.0]], rtol=1e-6)
+        np.testing.assert_allclose(state.momentum, [[0.0]], atol=1e-6)  # Of 50, 0.75 is made; nothing is left to make.
+        tx = ag.on_grid(optax.scale(1.0), feedback="momentum")
+        state = tx.init(params)._replace(grid_step=jnp.uint32(3))
+        _, state = tx.update(jnp.full((1, 1), 50.0), state, params)
+        np.testing.assert_allclose(state.momentum, [[5.0]], rtol=1e-6)  # What is not made yet, without the error.
+
+    @pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
+    def test_overshoots_nothing_after_it_saturated(self, momentum):
+        params = ag.to_grid(jnp.array([[1.0, 0.5]]), scale=2.0**-8)  # Ends at 1.75.
+        tx = ag.on_grid(optax.scale(1.0), rounding="nearest", feedback="momentum", momentum=momentum)
+        state = tx.init(params)._replace(grid_step=jnp.uint32(3))
+        for move in (jnp.array([[1.0, 2.0]]), *[jnp.zeros((1, 2))] * 70):  # The next step looks.
+            updates, state = tx.update(move, state, params)
+            params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(ag.from_grid(params), [[1.75, 1.75]])
 
     def test_is_exact_with_a_fraction_bit_to_spare(self):
         params, tx = self.outgrown(fraction_bits=1), ag.on_grid(optax.scale(1.0))
