@@ -11,15 +11,15 @@ Needs no TPU: `pip install -e ".[tpu]"`, then
     one matrix  on_grid(optax.adamw)       22.05 bytes per weight,  1 kernels
     one matrix  grid_adamw, f32 moments    51.04 bytes per weight,  2 kernels
     one matrix  grid_adamw                  8.64 bytes per weight,  1 kernels
-    one matrix  grid_adamw, 2-byte weight  10.77 bytes per weight,  1 kernels
+    one matrix  grid_adamw, 2-byte weight  10.73 bytes per weight,  1 kernels
     40 leaves   optax.adamw                39.86 bytes per weight, 40 kernels
     40 leaves   manifold_adamw             47.86 bytes per weight, 40 kernels
     40 leaves   manifold_adamw(format)     47.86 bytes per weight, 40 kernels
     40 leaves   without the tracker        39.86 bytes per weight, 40 kernels
     40 leaves   on_grid(optax.adamw)       54.79 bytes per weight, 16 kernels
     40 leaves   grid_adamw, f32 moments    98.10 bytes per weight, 36 kernels
-    40 leaves   grid_adamw                 38.50 bytes per weight, 20 kernels
-    40 leaves   grid_adamw, 2-byte weight  48.98 bytes per weight, 20 kernels
+    40 leaves   grid_adamw                 38.43 bytes per weight, 20 kernels
+    40 leaves   grid_adamw, 2-byte weight  47.83 bytes per weight, 20 kernels
 
 The step is `tx.update` and `optax.apply_updates`, jitted, with parameters and state donated; the gradients are float32,
 bfloat16 where the moments have 8 bits. The floor is one read of gradients, parameters and state and one write of the
