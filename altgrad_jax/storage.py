@@ -80,8 +80,8 @@ def on_grid(
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
         It hands the extra argument `grid_scale` to the inner one: a tree like params, the scale of every GridArray
         and 1 for other leaves. `optax.MultiSteps` and `optax.apply_if_finite` belong inside of it, with the momentum
-        of feedback still moving the parameters on steps that they skip; line searches (`optax.lbfgs`) are refused,
-        as the losses they compare lie between the numbers of the grid.
+        of stochastic feedback still moving the parameters on steps that they skip; line searches (`optax.lbfgs`) are
+        refused, as the losses they compare lie between the numbers of the grid.
 
         At the start, after 1, 2, 4, 8, 16 and 32 steps and then every 64 steps, the scale of a row is doubled where an
         element is beyond half of the largest number, and multiplied by 4 where one has reached it: until then it
