@@ -4,20 +4,20 @@ By default the weights of the matmuls are rounded to a scaled grid in every forw
 and straight-through gradients; `--storage grid` stores them on the grid in one byte and `--storage grid+8` in two, with
 a scale per row, no float32 copy and moments of one byte. Embeddings, biases and norms stay in float32. Both optimizers
 start from the same weights and see the same batches. The text is CPython's own help, so its version changes the
-numbers a little.
+numbers a little, and so does the CPU.
 
     $ python examples/train_char_gpt.py
     optimizer   validation loss (nats)  weights moved  median |ULPs|  p99 |ULPs|  ms per step  bytes per weight
-    adamw                        1.307          95.3%           8.16       559.9         25.3             12.00
-    manifold_adamw               1.337          96.3%          10.11       270.5         25.2             12.00
+    adamw                        1.302          95.3%           8.15       552.9         24.7             12.00
+    manifold_adamw               1.337          96.3%          10.12       273.0         24.3             12.00
     $ python examples/train_char_gpt.py --storage grid
-    adamw                        1.312          95.2%           7.00       206.0         50.2              3.05
-    manifold_adamw               1.340          96.3%          10.00       150.0         60.2              3.05
+    adamw                        1.305          95.2%           7.00       206.0         47.5              3.05
+    manifold_adamw               1.340          96.3%          10.00       150.0         45.1              3.05
     $ python examples/train_char_gpt.py --storage grid+8
-    adamw                        1.302          95.3%           7.57       205.3         59.6              4.05
-    manifold_adamw               1.328          96.3%          10.32       159.4         83.1              4.05
+    adamw                        1.301          95.4%           7.55       205.2         48.2              4.05
+    manifold_adamw               1.337          96.3%          10.30       157.7         45.9              4.05
 
-(CPython 3.11, jax 0.10, two CPU cores; 103 s for float32. The other two runs shared the cores with other programs, so
+(CPython 3.11, jax 0.10, two CPU cores; 85 s for float32. The other two runs shared the cores with other programs, so
 that their times say little.) Smoothed counts of character pairs reach 2.32 nats. "Moved" are the weights
 whose rounded value is not the initial one. The bytes are those of the matmul weights, scales included, and of all that
 the optimizer keeps for them but the 4 of the count of ULPs, a diagnostic. out/train_char_gpt.png has the loss curves
