@@ -17,7 +17,7 @@ numbers a little, and so does the CPU.
     adamw                        1.301          95.4%           7.55       205.2         48.2              4.05
     manifold_adamw               1.337          96.3%          10.30       157.7         45.9              4.05
 
-(CPython 3.11, jax 0.10, two CPU cores; 85 s for float32. The other two runs shared the cores with other programs, so
+(CPython 3.11, jax 0.10, two CPU cores; about 100 s for float32. The other two runs shared the cores, so
 that their times say little.) Smoothed counts of character pairs reach 2.32 nats. "Moved" are the weights
 whose rounded value is not the initial one. The bytes are those of the matmul weights, scales included, and of all that
 the optimizer keeps for them but the 4 of the count of ULPs, a diagnostic. out/train_char_gpt.png has the loss curves
