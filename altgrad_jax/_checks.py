@@ -20,12 +20,12 @@ def check_number(name: str, value: Any, interval: str, *, integer: bool = False)
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in {interval}, got {value!r}.")
-    low, high = map(float, interval[1:-1].split(","))
-    inside_low = value >= low if interval[0] == "[" else value > low
-    inside_high = value <= high if interval[-1] == "]" else value < high
+    number, (low, high) = float(value), map(float, interval[1:-1].split(","))
+    inside_low = number >= low if interval[0] == "[" else number > low
+    inside_high = number <= high if interval[-1] == "]" else number < high
     if not (inside_low and inside_high):
         raise ValueError(f"{name} must be in {interval}, got {value}.")
-    if integer and value != int(value):
+    if integer and number != int(number):
         raise ValueError(f"{name} must be an integer, got {value}.")
 
 

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_jax._checks import check_number
-from altgrad_jax.formats import FloatFormat, as_format, own_format
-from altgrad_jax.grid import as_real, scaled_ulp
-from altgrad_jax.grid_array import decoded, from_grid, is_grid_array
-from altgrad_jax.rounding import nearest_index, round_nearest
+from altgrad_jax._floats import as_real
+from altgrad_jax.codec import decode, encode, narrowed
+from altgrad_jax.formats import FloatFormat, FormatLike, as_format, own_format
+from altgrad_jax.grid import scaled_ulp
+from altgrad_jax.grid_array import flatten_stored, from_grid, is_grid_array, map_stored
+from altgrad_jax.rounding import round_nearest
 
 
 class UlpDistance(NamedTuple):
@@ -94,7 +96,7 @@ def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
     return jnp.sum(meant & moved) / jnp.sum(meant)
 
 
-def ulp_distance(before: Any, after: Any, format: Any = None) -> UlpDistance:
+def ulp_distance(before: Any, after: Any, format: FormatLike | None = None) -> UlpDistance:
     """Statistics of |after - before| / spacing(before).
 
     Args:
@@ -122,7 +124,7 @@ def ulp_distance(before: Any, after: Any, format: Any = None) -> UlpDistance:
     return UlpDistance(jnp.mean(ulps), median, p99, jnp.max(ulps), jnp.mean(ulps == 0))
 
 
-def grid_alignment(x: Any, format: Any, scale: jax.typing.ArrayLike = 1.0) -> GridAlignment:
+def grid_alignment(x: Any, format: FormatLike, scale: jax.typing.ArrayLike = 1.0) -> GridAlignment:
     """Distances of real numbers to the nearest number of a format, in its ULPs.
 
     Args:
@@ -146,7 +148,7 @@ def grid_alignment(x: Any, format: Any, scale: jax.typing.ArrayLike = 1.0) -> Gr
     return GridAlignment(jnp.mean(ulps), jnp.max(ulps), jnp.mean(ulps == 0))
 
 
-def gradient_stiffness(gradients: Any, params: Any, format: Any = None) -> GradientStiffness:
+def gradient_stiffness(gradients: Any, params: Any, format: FormatLike | None = None) -> GradientStiffness:
     """Correlation, ratio and order of gradients and the spacing of the grid at their weights, weights at 0 left out.
 
     Args:
@@ -173,7 +175,7 @@ def gradient_stiffness(gradients: Any, params: Any, format: Any = None) -> Gradi
     )
 
 
-def saturation_share(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
+def saturation_share(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
     """Share of elements at the largest number of a scaled format, or beyond; GridArrays have their own.
 
     Example:
@@ -189,7 +191,7 @@ def saturation_share(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1
     return jnp.mean(_joined(leaf, x))
 
 
-def subnormal_share(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
+def subnormal_share(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
     """Share of elements, zero aside, below the smallest normal number; all of them in a uniform format.
 
     Example:
@@ -206,7 +208,7 @@ def subnormal_share(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1.
     return jnp.mean(_joined(leaf, x))
 
 
-def capacity(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1.0) -> Capacity:
+def capacity(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLike = 1.0) -> Capacity:
     """How many numbers of a format a tree uses, and the entropy of their distribution.
 
     Args:
@@ -220,17 +222,21 @@ def capacity(x: Any, format: Any = None, scale: jax.typing.ArrayLike = 1.0) -> C
         >>> int(used.codes_used), used.codes, float(used.entropy)
         (3, 15, 1.5)
     """
-    grids = {_grid(leaf, format)[0] for leaf in jax.tree.leaves(x, is_leaf=is_grid_array)}
+    grids = {_grid(leaf, format)[0] for leaf in flatten_stored(x)[1]}
     if len(grids) != 1:
         raise ValueError(f"capacity needs a tree of one format, got {sorted(grid.name for grid in grids)}.")
     (grid,) = grids
     if 2 * grid.max_index + 1 > 2**16:
         raise ValueError(f"capacity counts formats of up to 16 bits, got {grid.name}.")
 
-    def leaf(x):
-        return nearest_index(_real(x, full=False) / _grid(x, format, scale)[1], grid) + grid.max_index
+    lowest = -grid.max_index if grid.signed else 0
+    codes = grid.max_index - lowest + 1
 
-    indices, codes = _joined(leaf, x), 2 * grid.max_index + 1
+    def leaf(x):
+        numbers = jnp.clip(_real(x, full=False) / _grid(x, format, scale)[1], grid.min, grid.max)
+        return encode(narrowed(jnp.where(jnp.isnan(numbers), 0, numbers)), 0, grid) - lowest
+
+    indices = _joined(leaf, x)
     counts = jnp.bincount(indices, length=codes)
     share = counts / indices.size
     entropy = -jnp.sum(jnp.where(counts > 0, share * jnp.log2(jnp.where(counts > 0, share, 1)), 0))
@@ -311,7 +317,7 @@ def effective_descent_quality(intended: Any, before: Any, after: Any) -> jax.Arr
     return jnp.sum(u * moved) / jnp.sum(u * u)
 
 
-def predict_freeze(trace: Any, format: Any, *, scale: Any = 1.0, fraction_bits: int = 0) -> Freeze:
+def predict_freeze(trace: Any, format: FormatLike, *, scale: Any = 1.0, fraction_bits: int = 0) -> Freeze:
     """From a float32 trajectory, when weights that are rounded to nearest on a grid would stop to move.
 
     A weight on the grid takes the steps of the trajectory, but rounds to nearest after each and remembers nothing:
@@ -339,16 +345,16 @@ def predict_freeze(trace: Any, format: Any, *, scale: Any = 1.0, fraction_bits: 
         scale = jax.tree.map(lambda _: scale, trace)
 
     def leaf(weights, scale):
-        weights = _real(weights)
+        weights = narrowed(_real(weights))
 
         def step(carry, now):
             index, last = carry
             number, update = now
-            target = decoded(index, grid) * scale + update
-            moved = nearest_index(target / scale, grid)
+            target = decode(index, 0, grid) * scale + update
+            moved = encode(target / scale, 0, grid)
             return (moved, jnp.where(moved == index, last, number)), None
 
-        start = nearest_index(weights[0] / scale, grid), jnp.zeros(weights.shape[1:], jnp.int32)
+        start = encode(weights[0] / scale, 0, grid), jnp.zeros(weights.shape[1:], jnp.int32)
         numbers = jnp.arange(1, len(weights), dtype=jnp.int32)
         return jax.lax.scan(step, start, (numbers, jnp.diff(weights, axis=0)))[0][1]
 
@@ -360,7 +366,9 @@ def _real(x: Any, full: bool = True) -> jax.Array:
     return from_grid(x, full=full) if is_grid_array(x) else as_real(x)
 
 
-def _grid(x: Any, format: Any, scale: jax.typing.ArrayLike = 1.0) -> tuple[FloatFormat, jax.typing.ArrayLike]:
+def _grid(
+    x: Any, format: FormatLike | None, scale: jax.typing.ArrayLike = 1.0
+) -> tuple[FloatFormat, jax.typing.ArrayLike]:
     """The format and the scale of an array's own grid, or of the one that was given."""
     if is_grid_array(x):
         if format is not None:
@@ -371,9 +379,7 @@ def _grid(x: Any, format: Any, scale: jax.typing.ArrayLike = 1.0) -> tuple[Float
 
 def _joined(f: Any, *trees: Any) -> jax.Array:
     """A function of leaves, mapped over trees, as one vector."""
-    return jnp.concatenate(
-        [jnp.ravel(leaf) for leaf in jax.tree.leaves(jax.tree.map(f, *trees, is_leaf=is_grid_array))]
-    )
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(map_stored(f, *trees))])
 
 
 def _meant_and_moved(update: Any, before: Any, after: Any) -> tuple[jax.Array, jax.Array]:

@@ -3,20 +3,21 @@
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)
 class FloatFormat:
-    """A signed floating-point format: the finite list of numbers that a weight can be.
+    """A floating-point format: the finite list of numbers that a weight can be.
 
     The positive values are `k * 2**(minexp - mantissa_bits)` for `k <= 2**mantissa_bits` and have
-    `mantissa_bits` bits after the leading one from there to `max`; zero and the negatives complete the
-    list. The names of the properties and their meanings are those of `numpy.finfo`; values are Python
-    floats, and exact.
+    `mantissa_bits` bits after the leading one from there to `max`; zero and, in a signed format, the
+    negatives complete the list. The names of the properties and their meanings are those of `numpy.finfo`; values
+    are Python floats, and exact.
 
     Attributes:
         name: What the format is called; formats that differ in name alone are different.
@@ -24,6 +25,7 @@ class FloatFormat:
         mantissa_bits: Width of the stored mantissa field.
         bias: Exponent bias.
         max: The largest finite value.
+        signed: Whether there are negative numbers.
 
     Raises:
         TypeError: If a width or the bias is not an integer.
@@ -41,6 +43,7 @@ class FloatFormat:
     mantissa_bits: int
     bias: int
     max: float
+    signed: bool = True
 
     def __post_init__(self):
         for field in ("exponent_bits", "mantissa_bits", "bias"):
@@ -52,7 +55,7 @@ class FloatFormat:
             )
         if not (0 < self.max < math.inf and self.minexp - self.mantissa_bits >= -1074 and self.minexp <= 1023):
             raise ValueError(f"every value of a format must be a positive, finite float64, got {self}.")
-        if not (self._steps_to_max.is_integer() and self.max_index < 2 ** (self.bits - 1)):
+        if not (self._steps_to_max.is_integer() and self.max_index < 2 ** (self.bits - self.signed)):
             raise ValueError(
                 f"max must be a value of the format, got max={self.max} with {self.exponent_bits} exponent bits, "
                 f"{self.mantissa_bits} mantissa bits and bias {self.bias}."
@@ -60,8 +63,8 @@ class FloatFormat:
 
     @property
     def bits(self) -> int:
-        """Width of a code: sign, exponent and mantissa."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+        """Width of a code: sign, if there is one, exponent and mantissa."""
+        return self.signed + self.exponent_bits + self.mantissa_bits
 
     @property
     def minexp(self) -> int:
@@ -75,8 +78,8 @@ class FloatFormat:
 
     @property
     def min(self) -> float:
-        """The most negative value."""
-        return -self.max
+        """The smallest value: the negative of the largest one, or 0."""
+        return -self.max if self.signed else 0.0
 
     @property
     def eps(self) -> float:
@@ -156,10 +159,12 @@ _ALTGRAD_FORMATS = _by_name(
     FloatFormat("E7M0", 7, 0, 63, 2.0**64),
 )
 
+FormatLike: TypeAlias = FloatFormat | str | DTypeLike
+
 _FLOAT64 = FloatFormat("float64", 11, 52, 1023, float.fromhex("0x1.fffffffffffffp1023"))
 
 
-def as_format(spec: Any) -> FloatFormat:
+def as_format(spec: FormatLike) -> FloatFormat:
     """Returns the format that a name, a dtype or a format stands for.
 
     Args:
@@ -171,7 +176,7 @@ def as_format(spec: Any) -> FloatFormat:
         The format.
 
     Raises:
-        ValueError: If there is no such format, if the name could mean several, if the dtype is `float8_e8m0fnu`,
+        ValueError: If the format is unknown, if the name could mean several, if the dtype is `float8_e8m0fnu`,
             which is a scale rather than a grid for weights, or if a `FloatFormat` exceeds float32.
         TypeError: If `spec` is none of these things.
 

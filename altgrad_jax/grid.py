@@ -10,19 +10,15 @@ as zero, as XLA flushes it: it matters for the formats bfloat16 and float32 alon
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from altgrad_jax.formats import FloatFormat, as_format
-
-# Outside jit one program per function instead of one per operation; inside it, as if the decorator were not there.
-compiled = functools.partial(jax.jit, static_argnames="format", inline=True)
+from altgrad_jax._floats import as_integer, as_real, compiled, floor_log2, leading, power_of_two, scaled
+from altgrad_jax.formats import FloatFormat, FormatLike, as_format
 
 
-def spacing(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
+def spacing(x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """Gap between neighbouring numbers of a format at x, away from zero: one ULP, the stiffness of the grid.
 
     Agrees with `numpy.spacing(abs(x))` for the formats that numpy has.
@@ -37,7 +33,7 @@ def spacing(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
 
     Raises:
         TypeError: If x is not floating.
-        ValueError: If there is no such format.
+        ValueError: If the format is unknown.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -49,7 +45,7 @@ def spacing(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
     return ulp(x, format)
 
 
-def position(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
+def position(x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """Places real numbers on the index line of a format.
 
     Args:
@@ -63,7 +59,7 @@ def position(x: jax.typing.ArrayLike, format: Any) -> jax.Array:
 
     Raises:
         TypeError: If x is not floating.
-        ValueError: If there is no such format.
+        ValueError: If the format is unknown.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -85,7 +81,7 @@ def _position_jvp(format, primals, tangents):
     return _position(x, format), jnp.where(jnp.abs(x) <= format.max, tangent / ulp(x, format), 0)
 
 
-def value(position: jax.typing.ArrayLike, format: Any) -> jax.Array:
+def value(position: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """The real number at a position of the index line: the inverse of `position`.
 
     Args:
@@ -99,7 +95,7 @@ def value(position: jax.typing.ArrayLike, format: Any) -> jax.Array:
 
     Raises:
         TypeError: If the position is not floating.
-        ValueError: If there is no such format.
+        ValueError: If the format is unknown.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -125,7 +121,7 @@ def _value_jvp(format, primals, tangents):
     return value, jnp.where(jnp.abs(position) <= format.max_index, tangent * ulp(value, format), 0)
 
 
-def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: Any) -> jax.Array:
+def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """The next number of a format after x in the direction of another one.
 
     Agrees with `numpy.nextafter` for the formats that numpy has, but for staying at the largest value.
@@ -142,7 +138,7 @@ def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: Any
 
     Raises:
         TypeError: If x or toward is not floating.
-        ValueError: If there is no such format.
+        ValueError: If the format is unknown.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -170,8 +166,14 @@ def _nextafter(x: jax.Array, toward: jax.Array, format: FloatFormat) -> jax.Arra
 @compiled
 def ulp(x: jax.Array, format: FloatFormat) -> jax.Array:
     """`spacing`, for float32 or float64 x."""
-    exponent = jnp.maximum(ulp_exponent(x, format), jnp.finfo(x.dtype).minexp)
-    return jnp.where(jnp.isnan(x), x, power_of_two(exponent, x.dtype))
+    spacing = spacing_of_number(x, format, jnp.int32(0))
+    return jnp.where(jnp.isnan(x), x, jnp.maximum(spacing, jnp.finfo(x.dtype).tiny))
+
+
+def spacing_of_number(x: jax.Array, format: FloatFormat, exponent: jax.Array) -> jax.Array:
+    """The spacing at x of a format that is multiplied by 2**exponent; 0 where it is no normal number."""
+    lowest, top = (power_of_two(jnp.clip(exponent + e, -126, 127), x.dtype) for e in (format.minexp, format.maxexp - 1))
+    return jnp.maximum(jnp.minimum(leading(x), top), lowest) * x.dtype.type(format.eps)
 
 
 @compiled
@@ -199,7 +201,7 @@ def steps_and_base(x: jax.Array, format: FloatFormat) -> tuple[jax.Array, jax.Ar
     """
     binade = _binade(x, format)
     exponents = format.mantissa_bits - (format.maxexp - 1), format.mantissa_bits - format.minexp
-    steps = _scaled(jnp.minimum(jnp.abs(x), format.max), format.mantissa_bits - binade, exponents)
+    steps = scaled(jnp.minimum(jnp.abs(x), format.max), format.mantissa_bits - binade, exponents)
     return steps, (binade - format.minexp) << format.mantissa_bits
 
 
@@ -209,72 +211,7 @@ def magnitude_at(index: jax.Array, fraction: jax.Array, format: FloatFormat) -> 
     binade = jnp.maximum(index >> format.mantissa_bits, 1) - 1
     steps = (index - (binade << format.mantissa_bits)).astype(fraction.dtype) + fraction
     exponents = format.minexp - format.mantissa_bits, format.maxexp - 1 - format.mantissa_bits
-    return _scaled(steps, binade + exponents[0], exponents)
-
-
-def number_at(index: jax.Array, format: FloatFormat) -> jax.Array:
-    """The number at a signed index, int32 in [-max_index, max_index], float32."""
-    magnitude, shift = jnp.abs(index), 23 - format.mantissa_bits
-    if not (shift > 0 and format.minexp - format.mantissa_bits >= -126 and format.maxexp <= 128):
-        number = magnitude_at(magnitude, jnp.zeros(index.shape, jnp.float32), format)
-        return jnp.where(index < 0, -number, number)
-    # An index counts the codes of the format: shifted and rebiased it is the code of a float32.
-    code = (magnitude + ((format.minexp + 126) << format.mantissa_bits)) << shift
-    normal = lax.bitcast_convert_type(code | (index & jnp.int32(-(2**31))), jnp.float32)
-    subnormal = index.astype(jnp.float32) * format.smallest_subnormal
-    return jnp.where(magnitude < 2**format.mantissa_bits, subnormal, normal)
-
-
-def floor_log2(x: jax.Array) -> jax.Array:
-    """Exponent of the binade of |x|, int32, exact; one below the lowest where |x| is subnormal or 0."""
-    info = jnp.finfo(x.dtype)
-    field = (lax.bitcast_convert_type(x, _INTEGERS[info.bits]) >> info.nmant) & (2**info.nexp - 1)
-    return field.astype(jnp.int32) + (info.minexp - 1)
-
-
-def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """2**exponent, exact; the exponent must be that of a normal number of the dtype."""
-    info = jnp.finfo(dtype)
-    field = (exponent - (info.minexp - 1)).astype(_INTEGERS[info.bits])
-    return lax.bitcast_convert_type(field << info.nmant, dtype)
-
-
-def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """x * 2**exponent, exact, 0 instead of a subnormal number; NaN and infinities stay. It must not overflow."""
-    # Not jnp.ldexp, which multiplies by `2 ** exponent` before jax 0.11: pow is inexact.
-    info = jnp.finfo(x.dtype)
-    bits = lax.bitcast_convert_type(x, _INTEGERS[info.bits])
-    scaled = lax.bitcast_convert_type(bits + (exponent.astype(bits.dtype) << info.nmant), x.dtype)
-    before = floor_log2(x)
-    normal = jnp.minimum(before, before + exponent) >= info.minexp
-    return jnp.where(jnp.isfinite(x), jnp.where(normal, scaled, 0), x)
-
-
-def _scaled(x: jax.Array, exponent: jax.Array, bounds: tuple[int, int]) -> jax.Array:
-    """`ldexp` for exponents within bounds: where these are all those of normal numbers, a third of its operations."""
-    info = jnp.finfo(x.dtype)
-    if not (bounds[0] >= info.minexp and bounds[1] < info.maxexp):
-        return ldexp(x, exponent)
-    x = jnp.where(jnp.abs(x) < info.smallest_normal, 0, x)
-    return x * power_of_two(exponent, x.dtype)
-
-
-def as_real(x: jax.typing.ArrayLike, name: str = "x") -> jax.Array:
-    """Casts to the dtype that computes, float32 or float64, without rounding."""
-    if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):
-        raise TypeError(f"{name} must be an array or a float, got {x!r}: convert it with jnp.asarray.")
-    dtype = jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be of a floating dtype, got {dtype} {x}: cast it, as with x.astype('float32').")
-    return jnp.asarray(x, jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
-def as_integer(x: jax.Array) -> jax.Array:
-    """Casts integral numbers to int32; NaN, whose cast is undefined, to 0."""
-    return jnp.where(jnp.isnan(x), 0, x).astype(jnp.int32)
-
-
-_INTEGERS = {32: jnp.int32, 64: jnp.int64}
+    return scaled(steps, binade + exponents[0], exponents)
 
 
 def _binade(x: jax.Array, format: FloatFormat) -> jax.Array:

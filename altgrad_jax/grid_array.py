@@ -1,59 +1,66 @@
-"""Arrays stored as integers: the positions of their elements on a scaled grid."""
+"""Arrays stored as integers: the positions of their elements on a grid that is scaled by powers of two."""
 
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree, fits
-from altgrad_jax.formats import FloatFormat, as_format
-from altgrad_jax.grid import as_real, number_at
-from altgrad_jax.rounding import nearest_index, power_of_two_scale
-
-# Steps between two looks at the largest element under every scale: one pass over the stored arrays each.
-RESCALE_PERIOD = 64
+from altgrad_jax._floats import as_real, floor_log2, power_of_two
+from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, nan_index, narrowed
+from altgrad_jax.formats import FloatFormat, FormatLike, as_format
+from altgrad_jax.scales import fitted, row_shape, weight_rule
 
 _HARDWARE_FORMATS = (
     "float8_e4m3fn float8_e5m2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz"
 )
+_FLOAT32 = np.dtype("float32")
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["index", "scale"], meta_fields=["format", "fraction_bits"]
+    jax.tree_util.register_dataclass,
+    data_fields=["index", "exponent"],
+    meta_fields=["format", "fraction_bits", "dtype"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GridArray:
-    """An array of numbers of a scaled format, stored as their integer positions.
+    """An array of numbers of a scaled format, stored as integers: their positions on the grid and its exponents.
 
-    The element with index `i` is `scale * value(i / 2**fraction_bits, format)`; the most negative index of the dtype,
-    which no format reaches, is NaN. A pytree of two leaves, so that `optax.apply_updates` adds an update of the same
-    structure to it: integer steps, and zero or the growth of the scale. Made by `to_grid`. An average of GridArrays
-    (`optax.incremental_update`) is one of indices; average what `from_grid` gives.
+    The element with index `i` is `2**exponent * value(i / 2**fraction_bits, format)`; the most negative index of the
+    dtype, which no format reaches, is NaN. A pytree of two integer arrays, so that `optax.apply_updates` adds an update
+    of the same structure to it: whole steps, and the change of the exponents. Made by `to_grid`. An average of
+    GridArrays (`optax.incremental_update`) is one of indices; average what `from_grid` gives.
 
     Attributes:
-        index: Signed positions, in steps of `2**-fraction_bits`. int8, int16 or int32, shape `[...]`.
-        scale: Powers of two, float32: real units per unit of the format. Of as many dimensions as the index, and in
-            each of its size or 1; from `to_grid` one per row, shape `[..., 1]`.
+        index: Signed positions, in steps of `2**-fraction_bits`. int8, int16 or int32, shape `[...]`; unsigned for a
+            format without a sign.
+        exponent: log2 of the scale, which is in real units per unit of the format. int8, with as many dimensions as
+            the index, and in each its size or 1; from `to_grid` one per row, shape `[..., 1]`. Legal are those under
+            which the largest number and the smallest step are normal float32 numbers.
         format: The format whose grid it is.
         fraction_bits: Bits of every position behind the point.
+        dtype: What `value()` gives.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
         >>> ag.to_grid(jnp.array([[0.5, -1.0], [0.1, 0.0]]), "float8_e4m3fn")
-        GridArray(float8_e4m3fn, shape=(2, 2), int8 + float32[2,1])
+        GridArray(float8_e4m3fn, shape=(2, 2), int8 + int8[2,1])
     """
 
     index: jax.Array
-    scale: jax.Array
+    exponent: jax.Array
     format: FloatFormat
     fraction_bits: int = 0
+    dtype: np.dtype = _FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,21 +79,27 @@ class GridArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored, scales included."""
-        return self.index.nbytes + self.scale.nbytes
+        """Bytes stored, exponents included."""
+        return self.index.nbytes + self.exponent.nbytes
 
     @property
     def grid(self) -> FloatFormat:
         """The grid whose indices are stored: that of the format, with the fraction bits in its mantissa."""
         return self.format.refined(self.fraction_bits)
 
-    def value(self, dtype: Any = jnp.float32, *, full: bool = False) -> jax.Array:
-        """The numbers, as `from_grid` gives them."""
+    @property
+    def scale(self) -> jax.Array:
+        """2**exponent, float32, of the shape of the exponents."""
+        return power_of_two(self.exponent.astype(jnp.int32), jnp.float32)
+
+    def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> jax.Array:
+        """The numbers, as `from_grid` gives them; in the array's own dtype by default."""
         if full or self.fraction_bits == 0:
-            numbers = decoded(self.index, self.grid)
+            numbers = decode(self.index, self.exponent, self.grid)
         else:
-            numbers = decoded(_whole_index(self.index, self.fraction_bits), self.format)
-        return jnp.where(self._is_nan, jnp.nan, numbers * self.scale).astype(dtype)
+            whole = jnp.where(self._is_nan, nan_index(self.format), _whole_index(self.index, self.fraction_bits))
+            numbers = decode(whole, self.exponent, self.format)
+        return numbers.astype(self.dtype if dtype is None else dtype)
 
     def fp8(self) -> tuple[jax.Array, jax.Array]:
         """The numbers in their hardware dtype, without a scale, and the scale, for a quantized matmul.
@@ -101,9 +114,9 @@ class GridArray:
         Raises:
             TypeError: If no 8-bit hardware dtype has the format.
         """
-        if self.format.name not in _HARDWARE_FORMATS.split():
+        if self.format.dtype is None or self.format.name not in _HARDWARE_FORMATS.split():
             raise TypeError(f"fp8() needs one of the formats {_HARDWARE_FORMATS}, got {self.format.name}.")
-        index = _whole_index(self.index, self.fraction_bits).astype(jnp.int32)
+        index = _whole_index(self.index, self.fraction_bits)
         code = jnp.abs(index) | jnp.where(index < 0, 0x80, 0)
         numbers = lax.bitcast_convert_type(code.astype(jnp.uint8), self.format.dtype)
         return jnp.where(self._is_nan, jnp.array(jnp.nan, self.format.dtype), numbers), self.scale
@@ -111,25 +124,44 @@ class GridArray:
     @property
     def _is_nan(self) -> jax.Array:
         # In int32, in which the numbers are decoded too: a comparison in int8 takes TPUs a kernel of its own.
-        return self.index.astype(jnp.int32) == nan_index(self.index.dtype)
+        return self.index.astype(jnp.int32) == nan_index(self.grid)
 
     def __repr__(self) -> str:
         bits = f" + {self.fraction_bits} bits" if self.fraction_bits else ""
+        name = f"GridArray({self.format.name}{bits}"
         try:
-            scales = ",".join(map(str, self.scale.shape))
-            return f"GridArray({self.format.name}{bits}, shape={self.shape}, {self.index.dtype} + float32[{scales}])"
+            exponents = f"{self.exponent.dtype}[{','.join(map(str, self.exponent.shape))}]"
+            return f"{name}, shape={self.shape}, {self.index.dtype} + {exponents})"
         except AttributeError:  # Leaves that are no arrays, as in a tree of shardings.
-            return f"GridArray({self.format.name}{bits}, index={self.index!r}, scale={self.scale!r})"
+            return f"{name}, index={self.index!r}, exponent={self.exponent!r})"
 
 
 def is_grid_array(leaf: Any) -> bool:
-    """Whether a node of a tree is a GridArray: the `is_leaf` of trees that hold some."""
+    """Whether a node of a tree is a GridArray."""
     return isinstance(leaf, GridArray)
+
+
+def flatten_stored(tree: Any) -> tuple[list[tuple], list[Any], Any]:
+    """Paths, leaves and structure of a tree whose GridArrays are leaves."""
+    with_path, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_grid_array)
+    return [path for path, _ in with_path], [leaf for _, leaf in with_path], structure
+
+
+def map_stored(f: Callable, tree: Any, *rest: Any, outputs: int | None = None) -> Any:
+    """`jax.tree.map` of a tree whose GridArrays are leaves, over others that have its structure at least.
+
+    With `outputs` the function returns so many results, and this so many trees.
+    """
+    _, leaves, structure = flatten_stored(tree)
+    results = list(map(f, leaves, *map(structure.flatten_up_to, rest)))
+    if outputs is None:
+        return structure.unflatten(results)
+    return tuple(structure.unflatten([result[i] for result in results]) for i in range(outputs))
 
 
 def to_grid(
     params: Any,
-    format: Any = "float8_e4m3fn",
+    format: FormatLike = "float8_e4m3fn",
     *,
     fraction_bits: int = 0,
     where: Callable[[tuple, jax.Array], bool] | Any | None = None,
@@ -146,17 +178,18 @@ def to_grid(
             floating leaves with two or more dimensions.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
             numbers and arrays that broadcast against the leaves. Default: for every row (all but the last axis) the
-            smallest that leaves a factor of two between the largest magnitude and the largest number; a row of
-            zeros gets that of the largest row, an array of zeros that of 1; a GridArray of the same format keeps
-            its own.
+            smallest under which its largest magnitude is below half of the largest number, in a uniform format below
+            seven eighths; a row of zeros gets that of the largest row, an array of zeros that of 1; a GridArray of the
+            same format keeps its own.
 
     Returns:
-        The tree with GridArrays in the places chosen and its other leaves untouched.
+        The tree with GridArrays in the places chosen, which decode to the dtypes that their leaves had, and its other
+        leaves untouched.
 
     Raises:
-        ValueError: If there is no such format, it has more than 16 bits, an index would need more than 2**24 steps,
-            a scale is not a normal power of two of float32 or does not broadcast, an element is not finite or would
-            saturate, or nothing was chosen.
+        ValueError: If the format is unknown or has more than 16 bits, an index would need more than 2**24 steps, a
+            scale is no power of two that is legal for the format or does not broadcast, an element is not finite or
+            would saturate, or nothing was chosen.
         TypeError: If a chosen leaf is not of a floating dtype, or `fraction_bits` is no integer.
 
     Example:
@@ -164,42 +197,45 @@ def to_grid(
         >>> params = {"kernel": jnp.array([[0.5, -1.06]]), "bias": jnp.zeros(2)}
         >>> stored = ag.to_grid(params, "float8_e4m3fn")
         >>> stored["kernel"], ag.from_grid(stored)["kernel"]
-        (GridArray(float8_e4m3fn, shape=(1, 2), int8 + float32[1,1]), Array([[ 0.5, -1. ]], dtype=float32))
+        (GridArray(float8_e4m3fn, shape=(1, 2), int8 + int8[1,1]), Array([[ 0.5, -1. ]], dtype=float32))
     """
     format = as_format(format)
     if format.bits > 16:
         raise ValueError(f"to_grid stores formats of up to 16 bits, got {format.name}.")
-    fraction_bits, dtype = _index_dtype(format, fraction_bits)
-    chosen = _chosen(params, where)
-    scales = _scales(params, scale)
+    grid = format.refined(_fraction_bits(format, fraction_bits))
 
-    def leaf(path, x, choice, scale):
+    def leaf(path, x, choice, exponent):
         if not isinstance(choice, bool | np.bool):
             raise TypeError(f"where must be a bool at params{jax.tree_util.keystr(path)}, got {choice!r}.")
         if not choice:
             return x
-        if is_grid_array(x):
-            scale = x.scale if scale is None and x.format == format else scale
-            x = x.value(full=True)
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        dtype = np.dtype(jnp.result_type(x) if not is_grid_array(x) else x.dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"to_grid stores leaves of a floating dtype, got {jnp.result_type(x)} at "
-                f"params{jax.tree_util.keystr(path)}: leave it out with `where`."
+                f"to_grid stores leaves of a floating dtype, got {dtype} at params{jax.tree_util.keystr(path)}: "
+                "leave it out with `where`."
             )
-        x = as_real(x)
-        scale = row_scale(x, format) if scale is None else _broadcast_scale(path, scale, x.shape)
-        _check_reach(path, x, scale, format)
-        return GridArray(encoded(x / scale, format.refined(fraction_bits), dtype), scale, format, fraction_bits)
+        if is_grid_array(x):
+            exponent = x.exponent if exponent is None and x.format == format else exponent
+            x = x.value(jnp.float32, full=True)
+        x = narrowed(as_real(x))
+        exponent = _row_exponent(x, format, grid) if exponent is None else _broadcast(path, exponent, x.shape)
+        _check_reach(path, x, exponent, grid)
+        index = encode(x, exponent, grid).astype(index_dtype(grid))
+        return GridArray(index, exponent, format, operator.index(fraction_bits), dtype)
 
-    return jax.tree.map_with_path(leaf, params, chosen, scales, is_leaf=is_grid_array)
+    paths, leaves, structure = flatten_stored(params)
+    choices, exponents = _chosen(params, where), _exponents(params, scale, grid)
+    choices, exponents = map(structure.flatten_up_to, (choices, exponents))
+    return structure.unflatten(map(leaf, paths, leaves, choices, exponents))
 
 
-def from_grid(params: Any, dtype: Any = jnp.float32, *, full: bool = False) -> Any:
+def from_grid(params: Any, dtype: DTypeLike = jnp.float32, *, full: bool = False) -> Any:
     """The numbers that a tree of parameters stands for, to be differentiated with respect to.
 
     Args:
         params: A tree of arrays and GridArrays.
-        dtype: Dtype of the arrays that come from GridArrays; bfloat16 and wider hold every 8-bit format exactly, but
+        dtype: Dtype of the arrays that come from GridArrays; bfloat16 and wider hold every 8-bit format exactly, except
             for scales near the end of its range.
         full: False gives the numbers of the format, True those with the fraction bits.
 
@@ -212,16 +248,14 @@ def from_grid(params: Any, dtype: Any = jnp.float32, *, full: bool = False) -> A
         >>> ag.from_grid(stored), ag.from_grid(stored, full=True)
         (Array([[1., 1.]], dtype=float32), Array([[1.     , 1.0625]], dtype=float32))
     """
-    return jax.tree.map(
-        lambda leaf: leaf.value(dtype, full=full) if is_grid_array(leaf) else leaf, params, is_leaf=is_grid_array
-    )
+    return map_stored(lambda leaf: leaf.value(dtype, full=full) if is_grid_array(leaf) else leaf, params)
 
 
 def signed_steps(updates: Any, params: Any) -> Any:
     """The whole steps by which an update of `on_grid` moves its parameters.
 
     The update itself holds them modulo the range of the index, and would have to add the shift of the index that
-    comes with a doubled scale.
+    comes with a changed exponent.
 
     Args:
         updates: What `on_grid` returned.
@@ -240,24 +274,31 @@ def signed_steps(updates: Any, params: Any) -> Any:
         Array([[ 2, -8]], dtype=int32)
     """
 
-    def leaf(update, param):
+    def leaf(param, update):
         if not is_grid_array(param):
             return update
-        before = nearest_index(param.value(full=True) / (param.scale + update.scale), param.grid)
+        before = encode(param.value(jnp.float32, full=True), param.exponent + update.exponent, param.grid)
         return (param.index + update.index).astype(jnp.int32) - before
 
-    return jax.tree.map(leaf, updates, params, is_leaf=is_grid_array)
+    return map_stored(leaf, params, updates)
+
+
+def rejoined(node: Any, like: Any) -> Any:
+    """A GridArray again from the mapping that `flax.nnx.Optimizer` makes of one in a state; other nodes as they are."""
+    if is_grid_array(like) and isinstance(node, Mapping):
+        return dataclasses.replace(like, index=node["index"], exponent=node["exponent"])
+    return node
 
 
 def checked_values(transformation: str, updates: Any, params: Any) -> Any:
     """Returns the numbers of the parameters; raises unless some are stored and gradients with respect to them came."""
     if params is None:
         raise ValueError(f"{transformation} needs the parameters: call update(updates, state, params).")
-    if not any(map(is_grid_array, jax.tree.leaves(params, is_leaf=is_grid_array))):
+    if not any(map(is_grid_array, flatten_stored(params)[1])):
         raise ValueError(
             f"{transformation} was given no parameter that is stored on a grid: make some with to_grid(params)."
         )
-    if any(map(is_grid_array, jax.tree.leaves(updates, is_leaf=is_grid_array))):
+    if any(map(is_grid_array, flatten_stored(updates)[1])):
         raise ValueError(
             f"{transformation} takes gradients with respect to from_grid(params), got GridArrays: differentiate a "
             "function of from_grid(params), and put optax.MultiSteps and optax.apply_if_finite inside of on_grid."
@@ -268,45 +309,9 @@ def checked_values(transformation: str, updates: Any, params: Any) -> Any:
     return floats
 
 
-def encoded(x: jax.Array, grid: FloatFormat, dtype: Any) -> jax.Array:
-    """Indices of the nearest numbers of a grid, in an integer dtype; of what is not finite the index of NaN."""
-    return with_nan(nearest_index(x, grid), x, dtype)
-
-
-def nan_index(dtype: Any) -> int:
-    """The index that stands for NaN: the most negative one, or without a sign the largest."""
-    info = jnp.iinfo(dtype)
-    return int(info.min if info.min < 0 else info.max)
-
-
-def with_nan(index: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
-    """Casts indices to an integer dtype; where x, which they round, is not finite, the index of NaN."""
-    # Chosen before the cast: a choice in int8 takes TPUs a kernel of its own, twice the traffic of a step.
-    return jnp.where(jnp.isfinite(x), index, nan_index(dtype)).astype(dtype)
-
-
-def row_scale(x: jax.Array, format: FloatFormat) -> jax.Array:
-    """Per row the smallest power of two that leaves a factor of two of headroom."""
-    axis = -1 if x.ndim else ()
-    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0)
-    largest = jnp.max(amax, initial=0.0)
-    amax = jnp.where(amax == 0, jnp.where(largest == 0, 1.0, largest), amax)
-    doubled = jnp.where(amax > jnp.finfo(x.dtype).max / 2, amax, 2 * amax)
-    return power_of_two_scale(doubled, format, axis=axis).astype(jnp.float32)
-
-
-def rescale_due(step: jax.Array) -> jax.Array:
-    """Whether a step looks at the scales: at the start after 1, 2, 4, ... steps, then once in every period."""
-    return (step % RESCALE_PERIOD == 0) | ((step < RESCALE_PERIOD) & (step & (step - 1) == 0))
-
-
-def decoded(index: jax.Array, grid: FloatFormat) -> jax.Array:
-    """The numbers of a grid at signed indices, float32."""
-    return number_at(index.astype(jnp.int32), grid)
-
-
 def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:
-    """Rounds positions to whole ones, nearest, ties to even."""
+    """Rounds positions to whole ones, nearest, ties to even; int32."""
+    index = index.astype(jnp.int32)
     if fraction_bits == 0:
         return index
     whole, rest = index >> fraction_bits, index & (2**fraction_bits - 1)
@@ -314,67 +319,85 @@ def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:
     return whole + ((rest > half) | ((rest == half) & (whole % 2 == 1)))
 
 
-def _index_dtype(format: FloatFormat, fraction_bits: int) -> tuple[int, np.dtype]:
-    """The fraction bits as an int, and the smallest dtype for the indices."""
+def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
     try:
         fraction_bits = operator.index(fraction_bits)
     except TypeError:
         raise TypeError(f"fraction_bits must be an integer, got {fraction_bits!r}.") from None
     check_number("fraction_bits", fraction_bits, "[0, 24]")
-    largest = format.max_index * 2**fraction_bits
-    if largest > 2**24:
+    most = min(int(math.log2(2**24 / format.max_index)), 23 - format.mantissa_bits)
+    if fraction_bits > most:
         raise ValueError(
             f"an index must not exceed 2**24, which float32 counts to: {format.name} has {format.max_index} numbers "
-            f"and takes up to {int(math.log2(2**24 / format.max_index))} fraction_bits, got {fraction_bits}."
+            f"and takes up to {most} fraction_bits, got {fraction_bits}."
         )
-    dtype = next(np.dtype(dtype) for dtype in ("int8", "int16", "int32") if largest <= np.iinfo(dtype).max)
-    return fraction_bits, dtype
+    return fraction_bits
 
 
 def _chosen(params: Any, where: Any) -> Any:
+    """A bool for every leaf."""
     if where is None:
         where = lambda path, leaf: leaf.ndim >= 2 if is_grid_array(leaf) else _is_matrix(leaf)  # noqa: E731
-    chosen = jax.tree.map_with_path(where, params, is_leaf=is_grid_array) if callable(where) else where
-    if not any(jax.tree.leaves(chosen)):
+    if callable(where):
+        paths, leaves, structure = flatten_stored(params)
+        where = structure.unflatten(map(where, paths, leaves))
+    if not any(jax.tree.leaves(where)):
         raise ValueError(
             "to_grid was given nothing to store: no leaf is chosen by `where`, whose default takes floating leaves "
             "with two or more dimensions."
         )
-    return chosen
+    return where
 
 
 def _is_matrix(leaf: Any) -> bool:
     return jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
-def _scales(params: Any, scale: Any) -> Any:
-    """A scale for every leaf, None for the default."""
+def _exponents(params: Any, scale: Any, grid: FloatFormat) -> Any:
+    """log2 of the scale of every leaf, None for the default."""
     if scale is None or jax.tree_util.treedef_is_leaf(jax.tree.structure(scale)):
-        scale = jax.tree.map(lambda leaf: scale, params, is_leaf=is_grid_array)
-    for one in jax.tree.leaves(scale):
-        if not isinstance(one, jax.core.Tracer):
-            mantissa, exponent = np.frexp(np.asarray(one, np.float64))
-            if not np.all((mantissa == 0.5) & (exponent >= -125) & (exponent <= 128)):
-                raise ValueError(f"scale must be a power of two from 2**-126 to 2**127, got {one}.")
-    return scale
+        return map_stored(lambda _: None if scale is None else _log2(scale, grid), params)
+    return jax.tree.map(lambda one: _log2(one, grid), scale)
 
 
-def _broadcast_scale(path: tuple, scale: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Gives a scale the dimensions of its array, so that both can be stacked, sliced and sharded together."""
-    given = jnp.shape(scale)
+def _log2(scale: Any, grid: FloatFormat) -> Any:
+    """Exponents of powers of two, int8; raises unless they are legal, where they are known."""
+    if isinstance(scale, Tracer):
+        return floor_log2(scale.astype(jnp.float32)).astype(jnp.int8)
+    mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
+    low, high = exponent_range(grid)
+    if not np.all((mantissa == 0.5) & (exponent - 1 >= low) & (exponent - 1 <= high)):
+        raise ValueError(f"scale must be a power of two from 2**{low} to 2**{high}, got {scale}.")
+    return np.asarray(exponent - 1, np.int8)
+
+
+def _row_exponent(x: jax.Array, format: FloatFormat, grid: FloatFormat) -> jax.Array:
+    """Per row the least exponent under which it is not full; for zeros that of the largest row, or of 1."""
+    magnitude = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    rows = jnp.max(magnitude, axis=-1 if x.ndim else (), keepdims=True, initial=0)
+    largest = jnp.max(rows, initial=0)
+    one = np.float32(1).view(np.int32)
+    rows = jnp.where(rows == 0, jnp.where(largest == 0, one, largest), rows)
+    return fitted(rows, weight_rule(format), grid).astype(jnp.int8)
+
+
+def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Gives exponents the dimensions of their array, so that both can be stacked, sliced and sharded together."""
+    given = jnp.shape(exponent)
     if not fits(given, shape):
         raise ValueError(f"scale must broadcast to {shape}, got shape {given} at params{jax.tree_util.keystr(path)}.")
     if not given or given[-1] == 1:
-        return jnp.array(jnp.broadcast_to(jnp.asarray(scale, jnp.float32), (*shape[:-1], 1)[: len(shape)]))
-    return jnp.array(scale, jnp.float32).reshape((1,) * (len(shape) - len(given)) + given)
+        return jnp.array(jnp.broadcast_to(jnp.asarray(exponent), row_shape(shape)))
+    return jnp.array(exponent).reshape((1,) * (len(shape) - len(given)) + given)
 
 
-def _check_reach(path: tuple, x: jax.Array, scale: jax.Array, format: FloatFormat) -> None:
+def _check_reach(path: tuple, x: jax.Array, exponent: jax.Array, grid: FloatFormat) -> None:
     """Raises if an element would saturate, where the elements are known."""
-    if isinstance(x, jax.core.Tracer) or isinstance(scale, jax.core.Tracer):
+    if isinstance(x, Tracer) or isinstance(exponent, Tracer):
         return
-    if not jnp.all(jnp.abs(x) <= scale * format.max):  # False for NaN.
+    scale = power_of_two(exponent.astype(jnp.int32), jnp.float32)
+    if not jnp.all((x <= scale * grid.max) & (x >= scale * grid.min)):  # False for NaN.
         raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is not finite or exceeds {format.max} times its scale: clip it first, "
+            f"params{jax.tree_util.keystr(path)} is not finite or exceeds {grid.max} times its scale: clip it first, "
             "or leave the scale to to_grid."
         )

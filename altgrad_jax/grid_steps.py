@@ -1,27 +1,24 @@
 """Updates that are whole numbers of grid steps from the start: the part of AltGrad's GridOptim that is its own."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from altgrad_jax._checks import check_number
+from altgrad_jax._floats import as_real
+from altgrad_jax.codec import encode, nan_index, narrowed
 from altgrad_jax.formats import FloatFormat
-from altgrad_jax.grid import as_real
-from altgrad_jax.grid_array import GridArray, checked_values, from_grid, is_grid_array, nan_index
-from altgrad_jax.rounding import leaf_words, random_bits, stochastic_index
+from altgrad_jax.grid_array import GridArray, checked_values, flatten_stored, from_grid, is_grid_array
+from altgrad_jax.random_words import leaf_keys, random_words
 
 
 class GridStepsState(NamedTuple):
-    """State of `scale_by_grid_steps`; the counts are those of the last update, over all GridArrays."""
+    """State of `scale_by_grid_steps`."""
 
-    grid_step: jax.Array  # uint32, []: updates so far, modulo 2**32. It keys the random bits.
-    moved: jax.Array  # uint32, []: elements with an update that is neither zero nor NaN.
-    flips: jax.Array  # uint32, []: elements that became another number.
-    saturated: jax.Array  # uint32, []: elements that would have passed the largest number, and stay there.
-    not_finite: jax.Array  # uint32, []: elements whose update is NaN, and that stay where they are.
+    grid_step: jax.Array  # uint32, []: updates so far, modulo 2**32. It keys the random words.
 
 
 def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -29,14 +26,14 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
 
     An update of 1.0 moves a weight that is stored on a grid to the next number above it, whatever the spacing there;
     with fraction bits, to the next stored position. The mean of the rounded steps is the update, up to the bound. An
-    update of zero moves nothing, NaN leaves the weight where it is and is counted, infinities are `max_steps`.
+    update of zero moves nothing; one that is not finite makes its element NaN.
 
     Needs the parameters. Belongs at the end of a chain, in the place of `on_grid`: the learning rate says how many
     steps a unit of the updates is. Parameters that are no GridArrays take their updates as they are.
 
     Args:
         max_steps: Bound of the steps of one update, in [1, 2**20].
-        seed: Of the random bits, which are a function of the seed, the number of the step, the path of the leaf and
+        seed: Of the random words, which are a function of the seed, the number of the step, the path of the leaf and
             the position of the element alone.
 
     Returns:
@@ -64,19 +61,18 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
 
     def init(params):
         del params  # Only the update knows whether they are on a grid: optax.tree.map_params has none here.
-        return GridStepsState(*[jnp.uint32(0)] * 5)
+        return GridStepsState(jnp.uint32(0))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args  # Those of other transformations of the chain.
         checked_values("scale_by_grid_steps", updates, params)
-        with_path, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_grid_array)
-        moves, counts = tree.flatten_up_to(updates), [jnp.uint32(0)] * 4
-        for i, (path, param) in enumerate(with_path):
-            if is_grid_array(param):
-                words = leaf_words(seed, path, state.grid_step)
-                moves[i], leaf_counts = _stepped(param, as_real(moves[i]), words, whole)
-                counts = [a + b for a, b in zip(counts, leaf_counts, strict=True)]
-        return tree.unflatten(moves), GridStepsState(state.grid_step + 1, *counts)
+        paths, leaves, structure = flatten_stored(params)
+        keys = leaf_keys(seed, state.grid_step, paths)
+        moves = [
+            _stepped(param, as_real(move), key, whole) if is_grid_array(param) else move
+            for param, move, key in zip(leaves, structure.flatten_up_to(updates), keys, strict=True)
+        ]
+        return structure.unflatten(moves), GridStepsState(state.grid_step + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -97,17 +93,11 @@ def whole_steps(max_steps: int) -> FloatFormat:
     return FloatFormat("whole steps", exponent_bits=0, mantissa_bits=width, bias=-width, max=float(max_steps))
 
 
-def _stepped(
-    param: GridArray, move: jax.Array, words: jax.Array, whole: FloatFormat
-) -> tuple[GridArray, tuple[jax.Array, ...]]:
-    """The update of a GridArray by real numbers of steps, and the counts of `GridStepsState`."""
-    undefined, index = jnp.isnan(move), param.index.astype(jnp.int32)
-    steps = stochastic_index(jnp.where(undefined, 0, move), random_bits(words, move.shape), whole)
-    # NaN, the most negative index, stays what it is.
-    steps = jnp.where(index == nan_index(param.index.dtype), 0, steps)
-    target = jnp.clip(index + steps, -param.grid.max_index, param.grid.max_index)
-    target = jnp.where(steps == 0, index, target)
-    counts = ((move != 0) & ~undefined, target != index, target != index + steps, undefined)
+def _stepped(param: GridArray, move: jax.Array, key: jax.Array, whole: FloatFormat) -> GridArray:
+    """The update of a GridArray by real numbers of steps."""
+    steps = encode(narrowed(move), 0, whole, random_words(key, move.shape))
+    index, nan = param.index.astype(jnp.int32), nan_index(param.grid)
+    target = jnp.clip(index + steps, -param.grid.max_index if param.format.signed else 0, param.grid.max_index)
+    target = jnp.where((index == nan) | (steps == nan_index(whole)), nan, target)
     step = target.astype(param.index.dtype) - param.index
-    update: Any = dataclasses.replace(param, index=step, scale=jnp.zeros_like(param.scale))
-    return update, tuple(jnp.sum(count, dtype=jnp.uint32) for count in counts)
+    return dataclasses.replace(param, index=step, exponent=jnp.zeros_like(param.exponent))

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from altgrad_jax._checks import check_bool, check_number
+from altgrad_jax.compress_state import compress_state
+from altgrad_jax.formats import FormatLike
 from altgrad_jax.grid_steps import on_values, scale_by_grid_steps
-from altgrad_jax.moments import compress_state
+from altgrad_jax.on_grid import on_grid
 from altgrad_jax.stiffness import stiffness_precondition, track_ulp_position
-from altgrad_jax.storage import on_grid
 
 
 def manifold_adamw(
@@ -21,7 +23,7 @@ def manifold_adamw(
     *,
     manifold_aware: bool = True,
     mantissa_bits: int | None = None,
-    format: Any = None,
+    format: FormatLike | None = None,
     max_stiffness: float = 1e6,
     zero_stiffness: float | None = None,
     mu_dtype: Any = None,
@@ -102,34 +104,27 @@ def grid_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     *,
-    moments: str = "8bit",
-    rounding: str = "stochastic",
-    feedback: str | None = "momentum",
+    second_moment: str = "8bit",
     seed: int = 0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW for parameters stored on a grid, without a float32 copy and with its moments in one byte each.
 
-    With `feedback="momentum"` the chain
+    The chain
 
         compress_state(on_grid(chain(scale_by_rms -> add_decayed_weights -> scale_by_learning_rate), momentum=b1))
 
     that is AdamW with the momentum behind the division by the root of the second moment and behind the weight decay
-    and the learning rate, where it carries what rounding loses; without feedback
-    `compress_state(on_grid(optax.adamw))`. The same works around any other optimizer.
+    and the learning rate, where it carries what rounding loses. The same works around any other optimizer.
 
     Args:
         learning_rate: A number >= 0 or a schedule.
-        b1: Decay rate of the momentum, in [0, 1); in (0, 1) with feedback.
+        b1: Decay rate of the momentum, in [0, 1). 0 keeps none, and its byte: for weights with fraction bits.
         b2: Decay rate of the second moment, in [0, 1).
         eps: Added to the root of the second moment, >= 0.
         weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
-        moments: "8bit", or "float32" without `compress_state`.
-        rounding: "stochastic" or "nearest", as in `on_grid`. With feedback, "nearest" makes the rest of a finer copy of
-            the momentum of what is stored, which then smooths nothing: AdamW with b1 = 0. It was the better one on
-            most tasks of the README's table, and not on the GPT.
-        feedback: "momentum", or None: as in `on_grid`. For parameters with 8 fraction bits None does as well.
-        seed: Of the random bits, as in `on_grid`.
+        second_moment: "8bit", or "float32" without `compress_state`.
+        seed: Of the random words, as in `on_grid`.
         mask: Which leaves decay, as in `optax.adamw`: a tree of booleans or a function from parameters to one.
 
     Returns:
@@ -152,24 +147,22 @@ def grid_adamw(
         >>> ag.from_grid(optax.apply_updates(params, updates))["kernel"].shape
         (1, 2)
     """
-    if moments not in ("8bit", "float32"):
-        raise ValueError(f"moments must be '8bit' or 'float32', got {moments!r}.")
+    if second_moment not in ("8bit", "float32"):
+        raise ValueError(f"second_moment must be '8bit' or 'float32', got {second_moment!r}.")
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, "[0, inf)")
-    check_number("b1", b1, "(0, 1)" if feedback else "[0, 1)")
+    check_number("b1", b1, "[0, 1)")
     check_number("b2", b2, "[0, 1)")
     check_number("eps", eps, "[0, inf)")
     check_number("weight_decay", weight_decay, "[0, inf)")
-    if feedback:
-        inner = optax.chain(
-            optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
-            optax.add_decayed_weights(weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-    else:
-        inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
-    tx = on_grid(inner, rounding=rounding, feedback=feedback, momentum=b1 if feedback else None, seed=seed)
-    return compress_state(tx, seed=seed) if moments == "8bit" else tx
+    inner = optax.chain(
+        optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    without = not isinstance(b1, jax.Array) and b1 == 0
+    tx = on_grid(inner, momentum=None if without else b1, seed=seed)
+    return compress_state(tx, seed=seed) if second_moment == "8bit" else tx
 
 
 def grid_sgd(

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
-from altgrad_jax.formats import FloatFormat, as_format, own_format
-from altgrad_jax.grid import as_real, compiled, floor_log2, power_of_two, scaled_ulp, ulp_exponent
-from altgrad_jax.grid_array import from_grid, is_grid_array, signed_steps
+from altgrad_jax._floats import as_real, compiled, floor_log2, power_of_two
+from altgrad_jax.formats import FloatFormat, FormatLike, as_format, own_format
+from altgrad_jax.grid import scaled_ulp, ulp_exponent
+from altgrad_jax.grid_array import flatten_stored, from_grid, is_grid_array, map_stored, signed_steps
 from altgrad_jax.rounding import round_nearest
 
 
 def stiffness_precondition(
     mantissa_bits: int | None = None,
     *,
-    format: Any = None,
+    format: FormatLike | None = None,
     max_stiffness: float = 1e6,
     zero_stiffness: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,7 +76,7 @@ def stiffness_precondition(
                 )
 
     def init(params):
-        if any(map(is_grid_array, jax.tree.leaves(params, is_leaf=is_grid_array))):
+        if any(map(is_grid_array, flatten_stored(params)[1])):
             raise ValueError("stiffness_precondition of GridArrays belongs inside of on_grid, got GridArrays.")
         check_float_leaves("stiffness_precondition", "params", params)
         return optax.EmptyState()
@@ -101,7 +102,7 @@ class UlpPositionState(NamedTuple):
     ulp_position: optax.Params  # float32, shapes of the parameters.
 
 
-def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraArgs:
+def track_ulp_position(format: FormatLike | None = None) -> optax.GradientTransformationExtraArgs:
     """Counts the ULPs by which every parameter has moved, signed, since init; passes updates through.
 
     Adds `(w_after - w_before) / spacing(w_before)` at each step, where `w_after` is the parameter as
@@ -122,7 +123,7 @@ def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraA
         argument `grid_scale` of `stiffness_precondition`.
 
     Raises:
-        ValueError: If there is no such format, or an update has no parameters or parameters of another tree
+        ValueError: If the format is unknown, or an update has no parameters or parameters of another tree
             structure or shape.
         TypeError: If parameters are of a dtype other than float32, bfloat16, float16 and float64.
 
@@ -155,7 +156,7 @@ def track_ulp_position(format: Any = None) -> optax.GradientTransformationExtraA
                 return _saturate(position + ulps_moved(w, u, own_format(jnp.result_type(w))))
             return _saturate(position + ulps_moved(w, u, format, scale))
 
-        positions = jax.tree.map(leaf, params, state.ulp_position, updates, grid_scale, is_leaf=is_grid_array)
+        positions = map_stored(leaf, params, state.ulp_position, updates, grid_scale)
         return jax.tree.map(_pinned, updates), UlpPositionState(positions)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -210,7 +211,7 @@ def _pinned(update: Any) -> Any:
 
 
 def _without_grid_arrays(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: None if is_grid_array(leaf) else leaf, tree, is_leaf=is_grid_array)
+    return map_stored(lambda leaf: None if is_grid_array(leaf) else leaf, tree)
 
 
 def _saturate(ulps: jax.Array) -> jax.Array:
@@ -223,7 +224,7 @@ def _check_update(transformation: str, updates: Any, params: Any, grid_scale: An
     check_float_leaves(transformation, "params", _without_grid_arrays(params))
     check_float_leaves(transformation, "updates", _without_grid_arrays(updates))
     if grid_scale is None:
-        return jax.tree.map(lambda w: 1.0, params, is_leaf=is_grid_array)
+        return map_stored(lambda w: 1.0, params)
     # optax.masked and optax.partition mask the params, and not the extra arguments.
     masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):

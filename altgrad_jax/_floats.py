@@ -1,0 +1,73 @@
+"""The bits of float32 and float64: exponents and powers of two, exact where XLA's `log2` and `exp2` are not.
+
+What is below the smallest normal number of a dtype counts as zero, as XLA flushes it.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Outside jit one program per function instead of one per operation; inside it, as if the decorator were not there.
+compiled = functools.partial(jax.jit, static_argnames="format", inline=True)
+
+_INTEGERS = {32: jnp.int32, 64: jnp.int64}
+
+
+def floor_log2(x: jax.Array) -> jax.Array:
+    """Exponent of the binade of |x|, int32, exact; one below the lowest where |x| is subnormal or 0."""
+    info = jnp.finfo(x.dtype)
+    field = (lax.bitcast_convert_type(x, _INTEGERS[info.bits]) >> info.nmant) & (2**info.nexp - 1)
+    return field.astype(jnp.int32) + (info.minexp - 1)
+
+
+def leading(x: jax.Array) -> jax.Array:
+    """The power of two at the start of the binade of |x|; 0 below the normal numbers, infinity for NaN."""
+    info = jnp.finfo(x.dtype)
+    integer = _INTEGERS[info.bits]
+    field = integer((2**info.nexp - 1) << info.nmant)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, integer) & field, x.dtype)
+
+
+def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """2**exponent, exact; the exponent must be that of a normal number of the dtype."""
+    info = jnp.finfo(dtype)
+    field = (exponent - (info.minexp - 1)).astype(_INTEGERS[info.bits])
+    return lax.bitcast_convert_type(field << info.nmant, dtype)
+
+
+def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x * 2**exponent, exact, 0 instead of a subnormal number; NaN and infinities stay. It must not overflow."""
+    # Not jnp.ldexp, which multiplies by `2 ** exponent` before jax 0.11: pow is inexact.
+    info = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(x, _INTEGERS[info.bits])
+    scaled = lax.bitcast_convert_type(bits + (exponent.astype(bits.dtype) << info.nmant), x.dtype)
+    before = floor_log2(x)
+    normal = jnp.minimum(before, before + exponent) >= info.minexp
+    return jnp.where(jnp.isfinite(x), jnp.where(normal, scaled, 0), x)
+
+
+def scaled(x: jax.Array, exponent: jax.Array, bounds: tuple[int, int]) -> jax.Array:
+    """`ldexp` for exponents within bounds: where these are all those of normal numbers, a third of its operations."""
+    info = jnp.finfo(x.dtype)
+    if not (bounds[0] >= info.minexp and bounds[1] < info.maxexp):
+        return ldexp(x, exponent)
+    x = jnp.where(jnp.abs(x) < info.smallest_normal, 0, x)
+    return x * power_of_two(exponent, x.dtype)
+
+
+def as_real(x: jax.typing.ArrayLike, name: str = "x") -> jax.Array:
+    """Casts to the dtype that computes, float32 or float64, without rounding."""
+    if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):
+        raise TypeError(f"{name} must be an array or a float, got {x!r}: convert it with jnp.asarray.")
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be of a floating dtype, got {dtype} {x}: cast it, as with x.astype('float32').")
+    return jnp.asarray(x, jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def as_integer(x: jax.Array) -> jax.Array:
+    """Casts integral numbers to int32; NaN, whose cast is undefined, to 0."""
+    return jnp.where(jnp.isnan(x), 0, x).astype(jnp.int32)

@@ -1,0 +1,150 @@
+"""Real numbers to the integers that stand for them, and back: the hot path, in integer operations.
+
+An element of an array that is stored on a grid is `value(index, format) * 2**exponent`. Rounding looks at the bits of a
+float32 number alone: below the bits of the index there is a rest, a fraction of the step to the next number, and a
+random word decides whether it counts.
+
+The index of NaN is the one that no number has: the most negative one of its dtype, without a sign the largest.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_jax.formats import FloatFormat
+
+_SIGN = np.int32(-(2**31))
+_INFINITY = 0x7F800000
+_NORMAL = 0x00800000
+
+
+def index_dtype(format: FloatFormat) -> np.dtype:
+    """The smallest integer dtype that holds every index of a format, and one more for NaN."""
+    names = ("int8", "int16", "int32") if format.signed else ("uint8", "uint16", "int32")
+    return next(np.dtype(name) for name in names if format.max_index < np.iinfo(name).max + format.signed)
+
+
+def nan_index(format: FloatFormat) -> int:
+    """The index that stands for NaN."""
+    info = np.iinfo(index_dtype(format))
+    return int(info.min if format.signed else info.max)
+
+
+def exponent_range(format: FloatFormat) -> tuple[int, int]:
+    """The least and the greatest exponent under which the largest number and the smallest step are normal float32.
+
+    For bfloat16 and float32, whose own range is that of float32, 0 alone.
+    """
+    low, high = -126 - (format.minexp - format.mantissa_bits), min(128 - format.maxexp, 126)
+    return (max(low, -126), high) if low <= high else (0, 0)
+
+
+def encode(
+    x: jax.Array, exponent: jax.typing.ArrayLike, format: FloatFormat, word: jax.Array | None = None
+) -> jax.Array:
+    """Rounds real numbers to the numbers of a format that is scaled by a power of two.
+
+    Without a word to the nearest, ties to the even index. With one to a neighbour at random: the one away from zero for
+    a share of all words that is the rest in steps, exactly where x is in the normal range of the format. Below it the
+    rest is rounded down, to a multiple of `2**-rest_bits_of(format)`.
+
+    Args:
+        x: Real numbers, float32, shape `[...]`. Subnormal ones count as zero.
+        exponent: log2 of the scale, integers that broadcast against x, in the `exponent_range` of the format.
+        format: The format, with the fraction bits in its mantissa.
+        word: 32 random bits, uint32, shape `[...]`; None rounds to nearest.
+
+    Returns:
+        Indices, int32, to be cast to `index_dtype(format)` last: +-max_index beyond the largest number, that of NaN
+        where x is not finite, and for a negative x where there is no sign.
+    """
+    rest_bits = rest_bits_of(format)
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    steps = _fixed_point(scaled_magnitude(x, exponent), format, sticky=word is None)
+    if word is not None and rest_bits:
+        steps += (word >> (32 - rest_bits)).astype(jnp.int32)
+    elif rest_bits:
+        steps += (2 ** (rest_bits - 1) - 1) + ((steps >> rest_bits) & 1)
+    index, undefined = steps >> rest_bits, (bits & ~_SIGN) >= _INFINITY
+    if format.signed:
+        index = jnp.where(bits < 0, -index, index)
+    else:
+        undefined |= (bits < 0) & ((bits & ~_SIGN) >= _NORMAL)
+    # Chosen in int32: a choice in int8 takes TPUs a kernel of its own, twice the traffic of a step.
+    return jnp.where(undefined, nan_index(format), index)
+
+
+def rest_bits_of(format: FloatFormat) -> int:
+    """How many bits of an index behind the point take part in the rounding: what int32 leaves, 24 in 8-bit formats."""
+    return 31 - format.max_index.bit_length()
+
+
+def decode(index: jax.Array, exponent: jax.typing.ArrayLike, format: FloatFormat) -> jax.Array:
+    """The numbers at indices of a format that is scaled by a power of two, exactly.
+
+    Args:
+        index: Signed integers, shape `[...]`.
+        exponent: As in `encode`.
+        format: As in `encode`.
+
+    Returns:
+        float32, shape `[...]`; NaN at the index of NaN, 0 for what is below the normal range of float32.
+    """
+    index = index.astype(jnp.int32)
+    number = index.astype(jnp.float32) * np.float32(format.smallest_subnormal)
+    if format.exponent_bits:
+        # An index counts the codes of the format: shifted and rebiased it is the code of a float32.
+        magnitude = jnp.abs(index) if format.signed else index
+        code = (magnitude + ((format.minexp + 126) << format.mantissa_bits)) << (23 - format.mantissa_bits)
+        normal = lax.bitcast_convert_type(code | (index & _SIGN) if format.signed else code, jnp.float32)
+        number = jnp.where(magnitude < 2**format.mantissa_bits, number, normal)
+    # Scaled in float32: integer operations with a scale per row keep XLA from making one kernel of a step on a TPU.
+    return jnp.where(index == nan_index(format), jnp.nan, number * _power_of_two(exponent))
+
+
+def scaled_magnitude(x: jax.Array, exponent: jax.typing.ArrayLike) -> jax.Array:
+    """Bits of |x| * 2**-exponent, int32."""
+    return lax.bitcast_convert_type(x * _power_of_two(-jnp.asarray(exponent, jnp.int32)), jnp.int32) & ~_SIGN
+
+
+def binade(magnitude: jax.Array) -> jax.Array:
+    """Exponent of the binade of a finite float32 number, from its bits without the sign."""
+    return (magnitude >> 23) - 127
+
+
+def narrowed(x: jax.Array) -> jax.Array:
+    """Casts to float32; float64 so that the result rounds to fewer bits as x itself would, to odd."""
+    if x.dtype != jnp.float64:
+        return x.astype(jnp.float32)
+    near = x.astype(jnp.float32)
+    bits, error = lax.bitcast_convert_type(near, jnp.int32), x - near.astype(jnp.float64)
+    away = jnp.where((error > 0) == (near > 0), 1, -1)
+    odd = lax.bitcast_convert_type(jnp.where(bits & 1 == 1, bits, bits + away), jnp.float32)
+    return jnp.where((error == 0) | ~jnp.isfinite(error), near, odd)
+
+
+def _fixed_point(magnitude: jax.Array, format: FloatFormat, sticky: bool) -> jax.Array:
+    """|x| as a fractional index with `rest_bits` bits behind the point, saturating; int32."""
+    mantissa_bits, rest_bits = format.mantissa_bits, rest_bits_of(format)
+    # Below the normal range an index is a number of steps.
+    real = lax.bitcast_convert_type(magnitude, jnp.float32)
+    if exponent_range(format) == (0, 0):
+        real *= 0  # XLA flushes what is below the normal range of float32.
+    else:
+        real *= np.float32(2.0**rest_bits / format.smallest_subnormal)
+    if not format.exponent_bits:
+        real = jnp.minimum(real, np.float32(format.max_index << rest_bits))
+    below = real.astype(jnp.int32)
+    if sticky and 0 < rest_bits < 24:  # With more, only numbers below half of the smallest lose bits here.
+        below |= below.astype(jnp.float32) != real
+    if not format.exponent_bits:
+        return below
+    # Within it, it counts the codes of the format, which are leading bits of those of float32.
+    above = magnitude - ((format.minexp + 126) << 23)
+    above = jnp.minimum(above, format.max_index << (23 - mantissa_bits)) << (rest_bits - 23 + mantissa_bits)
+    return jnp.where(magnitude < ((format.minexp + 127) << 23), below, above)
+
+
+def _power_of_two(exponent: jax.typing.ArrayLike) -> jax.Array:
+    return lax.bitcast_convert_type((jnp.asarray(exponent, jnp.int32) + 127) << 23, jnp.float32)

@@ -1,0 +1,241 @@
+"""Any Optax transformation, with its moments in 8 bits."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from altgrad_jax._checks import check_number
+from altgrad_jax._floats import as_real, power_of_two
+from altgrad_jax.codec import binade, encode, exponent_range, index_dtype, scaled_magnitude
+from altgrad_jax.formats import FloatFormat, as_format
+from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array
+from altgrad_jax.random_words import leaf_keys, random_words
+from altgrad_jax.scales import EMPTY, UNSET, fitted, followed, moment_rule, with_level
+
+# Three mantissa bits and 2**18 between the smallest and the largest number.
+FIRST = as_format("E4M3")
+# No sign, so three mantissa bits and 2**34. Up to 1.75 only, so that scales of tiny moments stay normal numbers.
+SECOND = FloatFormat("moment_e5m3", exponent_bits=5, mantissa_bits=3, bias=31, max=1.75, signed=False)
+DEFAULTS = ("mu", "trace", "momentum", "nu")
+_INFINITY = 0x7F800000
+_LARGEST = np.finfo(np.float32).max
+
+
+class CompressedState(NamedTuple):
+    """State of `compress_state`."""
+
+    moment_step: jax.Array  # uint32, []: updates so far, modulo 2**32. It keys the random words.
+    exponent: Any  # int8: the exponents that the moments take in the next update; None for other leaves.
+    inner_state: optax.OptState  # That of the inner transformation, its moments GridArrays.
+
+
+def compress_state(
+    inner: optax.GradientTransformation,
+    *,
+    first: tuple[str, ...] = ("mu", "trace", "momentum"),
+    second: tuple[str, ...] = ("nu",),
+    seed: int = 0,
+    min_size: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the moments of an Optax transformation in one byte per element, rounded stochastically.
+
+    A leaf of the inner state is compressed if it lies under a named field of a state, at the path and in the shape of
+    a parameter, is floating and has `min_size` elements. Everything else stays as it is: the moments of small leaves,
+    the GridArrays of `on_grid`, fields of other names (`m1` of `optax.contrib.ademamix`, `nu_max` of `optax.amsgrad`).
+
+    First moments have 3 mantissa bits, a sign and a range of 2**18 in each row (all but the last axis); second moments
+    3 mantissa bits, no sign and a range of 2**34. The exponent of a row follows its largest element, one step behind,
+    and by a bounded number of binades, so that no element takes its row with it; a row of zeros takes it from its first
+    gradient. A nonzero second moment never becomes 0, a negative one becomes NaN, and an infinite one saturates.
+
+    Not for transformations that subtract the square of a first moment from a second (`optax.rmsprop(centered=True)`),
+    nor for the largest of all second moments (`optax.amsgrad`), which grows with their scatter of a tenth to a fifth. A
+    field may hold what its name does not say: `nu` of `optax.sm3` is a first moment.
+
+    Args:
+        inner: The transformation whose state is compressed.
+        first: Names of the state fields with moments of either sign.
+        second: Names of the state fields with nonnegative moments, under a root in a denominator.
+        seed: Of the random words, as in `on_grid`.
+        min_size: Elements that a leaf must have; under `optax.inject_hyperparams` a static argument.
+
+    Returns:
+        A transformation whose update needs the parameters if the inner one does. With `optax.tree.map_params` give
+        `is_leaf=lambda leaf: isinstance(leaf, GridArray)` to map one value, such as a sharding, to a moment.
+
+    Raises:
+        ValueError: If an argument is out of bounds, a name is in `first` and `second`, or, in `init`, if a name that
+            is no default, or all of them, are no field with a moment of the inner state.
+        TypeError: If `first` or `second` is not a sequence of names, or `min_size` is an array.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp, optax
+        >>> tx = ag.compress_state(optax.adamw(3e-3))
+        >>> state = tx.init({"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)})
+        >>> moments = state.inner_state  # `exponent` is a tree of the same names.
+        >>> optax.tree.get(moments, "mu")["kernel"], optax.tree.get(moments, "nu")["kernel"]
+        (GridArray(E4M3, shape=(64, 128), int8 + int8[64,1]),
+         GridArray(moment_e5m3, shape=(64, 128), uint8 + int8[64,1]))
+    """
+    first, second = _names("first", first), _names("second", second)
+    if set(first) & set(second):
+        raise ValueError(f"first and second must not share names, got {sorted(set(first) & set(second))} in both.")
+    check_number("seed", seed, "[0, 4294967295]", integer=True)
+    if isinstance(min_size, jax.Array):
+        raise TypeError(f"min_size must be a number, got {min_size}: name it in the static_args of inject_hyperparams.")
+    check_number("min_size", min_size, "[0, inf)")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        state = inner.init(params)
+        paths, leaves, structure = flatten_stored(state)
+        names = _moment_names(paths, leaves, params, (*first, *second))
+        _check_found(names, paths, params, first, second)
+        for i, (moment, name) in enumerate(zip(leaves, names, strict=True)):
+            if name and jnp.issubdtype(moment.dtype, jnp.floating) and moment.size >= min_size:
+                leaves[i] = _initial(moment, SECOND if name in second else FIRST)
+            else:
+                names[i] = None
+        exponents = [_unset(leaf) if name else None for leaf, name in zip(leaves, names, strict=True)]
+        return CompressedState(jnp.uint32(0), structure.unflatten(exponents), structure.unflatten(leaves))
+
+    def update(updates, state, params=None, **extra_args):
+        structure = jax.tree.structure(state.inner_state, is_leaf=_is_moment)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.inner_state, is_leaf=_is_moment)]
+        leaves, exponents = map(structure.flatten_up_to, (state.inner_state, state.exponent))
+        ours = [i for i, exponent in enumerate(exponents) if exponent is not None]
+        moments = [_joined(leaves[i]) for i in ours]
+        gradients = _gradients([paths[i] for i in ours], updates)
+        exponents = _first_exponents([exponents[i] for i in ours], gradients, moments)
+
+        for i, moment in zip(ours, moments, strict=True):
+            leaves[i] = moment.value()
+        updated, inner_state = inner.update(updates, structure.unflatten(leaves), params, **extra_args)
+
+        leaves, following = structure.flatten_up_to(inner_state), [None] * len(leaves)
+        keys = leaf_keys(seed, state.moment_step, [paths[i] for i in ours])
+        for i, moment, exponent, key in zip(ours, moments, exponents, keys, strict=True):
+            leaves[i], following[i] = _stored(leaves[i], moment, exponent, key, state.moment_step)
+        stored = structure.unflatten(leaves)
+        return updated, CompressedState(state.moment_step + 1, structure.unflatten(following), stored)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@jax.jit
+def _stored(x, like, exponent, key, step):
+    """A moment as a GridArray, and its exponents of the next step."""
+    format, unset = like.format, exponent == UNSET
+    exponent = jnp.where(unset, exponent_range(format)[0], exponent).astype(jnp.int8)
+    # An infinite moment saturates like any large one: of a finite gradient whose square is beyond float32.
+    x = jnp.clip(as_real(x).astype(jnp.float32), -_LARGEST, _LARGEST)
+    magnitude = jnp.where(jnp.isnan(x), 0, scaled_magnitude(x, exponent))
+    if not format.signed:
+        # A nonzero second moment that becomes 0 would make its element move by any distance.
+        least = power_of_two(exponent.astype(jnp.int32) + (format.minexp - format.mantissa_bits), jnp.float32)
+        x = jnp.where(x > 0, jnp.maximum(x, least), x)
+    index = encode(x, exponent, format, random_words(key, x.shape))
+    (index,), level = with_level([(index, index_dtype(format))], magnitude, exponent.shape, format)
+    following = followed(exponent, level, moment_rule(format), format, step)
+    moment = dataclasses.replace(like, index=index, exponent=exponent)
+    return moment, jnp.where(unset & (level == EMPTY), UNSET, following).astype(jnp.int8)
+
+
+def _first_exponents(exponents: list, gradients: list, moments: list[GridArray]) -> list:
+    """Exponents of rows that were never other than zero: from their largest gradients, in the step that brings them."""
+    if not exponents:
+        return []
+
+    def from_gradients(exponents, gradients):
+        return [_from_gradient(*leaf) for leaf in zip(exponents, gradients, moments, strict=True)]
+
+    some = jnp.any(jnp.stack([jnp.any(exponent == UNSET) for exponent in exponents]))
+    return lax.cond(some, from_gradients, lambda exponents, _: exponents, exponents, gradients)
+
+
+def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) -> jax.Array:
+    """A gradient bounds its first average, and its square that of the squares."""
+    magnitude = lax.bitcast_convert_type(jnp.abs(as_real(gradient)).astype(jnp.float32), jnp.int32)
+    shared = [axis for axis in range(magnitude.ndim) if exponent.shape[axis] == 1]
+    magnitude = jnp.where(magnitude >= _INFINITY, 0, magnitude)
+    largest = jnp.max(magnitude, axis=shared, keepdims=True, initial=0)
+    bound = largest if moment.format.signed else jnp.clip(2 * binade(largest) + 129, 1, 254) << 23
+    fit = fitted(bound, moment_rule(moment.format), moment.format).astype(jnp.int8)
+    return jnp.where((exponent == UNSET) & (largest >= 2**23), fit, exponent)
+
+
+def _initial(moment: jax.Array, format: FloatFormat) -> GridArray:
+    """The moment that an inner transformation starts with, mostly zeros, to nearest."""
+    x = as_real(moment).astype(jnp.float32)
+    magnitude = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    rows = jnp.max(magnitude, axis=-1 if x.ndim else (), keepdims=True, initial=0)
+    exponent = fitted(rows, moment_rule(format), format).astype(jnp.int8)
+    index = encode(x, exponent, format).astype(index_dtype(format))
+    return GridArray(index, exponent, format, dtype=np.dtype(moment.dtype))
+
+
+def _unset(moment: GridArray) -> jax.Array:
+    """The exponents of a moment, and `UNSET` for rows of zeros."""
+    shared = [axis for axis in range(moment.ndim) if moment.exponent.shape[axis] == 1]
+    zeros = jnp.all(moment.index == 0, axis=shared, keepdims=True)
+    return jnp.where(zeros, UNSET, moment.exponent).astype(jnp.int8)
+
+
+def _moment_names(paths: list, leaves: list, params: Any, known: tuple[str, ...]) -> list[str | None]:
+    """For every leaf of a state the known field under which it lies like a parameter, or None."""
+    param_paths, param_leaves, _ = flatten_stored(params)
+    at = dict(zip(param_paths, param_leaves, strict=True))
+    names = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        fields = [i for i, key in enumerate(path) if getattr(key, "name", None) in known and path[i + 1 :] in at]
+        fields = [i for i in fields if jnp.shape(at[path[i + 1 :]]) == jnp.shape(leaf)]
+        if fields and is_grid_array(leaf) and leaf.format == at[path[fields[0] + 1 :]].format:
+            raise ValueError(
+                "compress_state found moments that are stored as their parameters are: parameters that are stored on "
+                "a grid need on_grid inside of compress_state."
+            )
+        names.append(path[fields[0]].name if fields and not is_grid_array(leaf) else None)
+    return names
+
+
+def _check_found(names: list, paths: list, params: Any, first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    """Raises if there is nothing to compress, or nothing under a name that the caller gave."""
+    missing = {name for name in (*first, *second) if name not in DEFAULTS} - set(names)
+    # Without parameters there are no moments to find: optax.tree.map_params asks for such a state.
+    if flatten_stored(params)[1] and (missing or not any(names)):
+        fields = {key.name for path in paths for key in path if hasattr(key, "name")}
+        raise ValueError(
+            f"compress_state found no moments of the shapes of the parameters under "
+            f"{sorted(missing or {*first, *second})} in the inner state, whose fields are {sorted(fields)}: name them "
+            "in `first` and `second`, and compress a state once only."
+        )
+
+
+def _gradients(paths: list, updates: Any) -> list[jax.Array]:
+    """The gradient of the parameter at which each moment lies."""
+    at = dict(jax.tree_util.tree_leaves_with_path(updates))
+    return [next(at[path[i:]] for i in range(len(path) + 1) if path[i:] in at) for path in paths]
+
+
+def _is_moment(node: Any) -> bool:
+    """Whether a node of a state is a GridArray, or what flax.nnx.Optimizer makes of one: a mapping."""
+    return is_grid_array(node) or (isinstance(node, Mapping) and set(node) == {"index", "exponent"})
+
+
+def _joined(moment: GridArray | Mapping) -> GridArray:
+    if isinstance(moment, GridArray):
+        return moment
+    format = FIRST if jnp.issubdtype(moment["index"].dtype, jnp.signedinteger) else SECOND
+    return GridArray(moment["index"], moment["exponent"], format)
+
+
+def _names(argument: str, names: Any) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} must be a sequence of names of state fields, got {names!r}.")
+    return tuple(names)

@@ -1,0 +1,173 @@
+"""By which power of two a format is multiplied, and how that follows what is stored under it.
+
+Rows, all but the last axis, have an exponent each. Where a row was about to go is known from the bits of its largest
+element before it was rounded: in eighths of octaves relative to the top binade of the format, its *level*. A row above
+the level at which it counts as full takes a greater exponent at the next step, a row far below a smaller one.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_jax._floats import as_real, floor_log2, ldexp, power_of_two
+from altgrad_jax.codec import exponent_range
+from altgrad_jax.formats import FloatFormat, FormatLike, as_format
+
+# The level of a row of zeros, below that of all others. Levels fit int8: 16 octaves up and down.
+EMPTY = -128
+# Instead of an exponent: the row was never other than zero.
+UNSET = -128
+
+
+class Rule(NamedTuple):
+    """How an exponent follows the level of its row."""
+
+    full: int  # The level from which on a row grows until it is below.
+    empty: int  # The level below which it shrinks.
+    growth: int  # Binades that a row grows by in one step at most.
+    shrinkage: int  # The same for shrinking.
+    period: int  # Steps between two of which it can shrink.
+
+
+def weight_rule(format: FloatFormat) -> Rule:
+    """For weights: full above half of the largest number, empty below a sixteenth, and at once."""
+    # A uniform format has no bits to spare: seven eighths and a quarter.
+    uniform = format.exponent_bits == 0
+    full = _eighths(format) - (1 if uniform else 8)
+    return Rule(full, full - (14 if uniform else 24), 16, 16, 1)
+
+
+def moment_rule(format: FloatFormat) -> Rule:
+    """For averages of gradients, and without a sign of their squares, whose binades are twice as many.
+
+    A single element cannot take its row with it, as growth is bounded, and a row that pauses keeps its exponent for
+    thousands of steps.
+    """
+    full, one = _eighths(format) - 8, 1 if format.signed else 2
+    return Rule(full, full - 80 * one, 7 * one, 1, 64)
+
+
+def followed(exponent: jax.Array, level: jax.Array, rule: Rule, format: FloatFormat, step: jax.Array) -> jax.Array:
+    """The exponents of the next step.
+
+    Args:
+        exponent: Those of this step, int8, one for every row.
+        level: Levels of what the rows were about to store, int32, of the same shape.
+        rule: The rule.
+        format: The format that is stored, for its range.
+        step: Number of the step, uint32, [].
+
+    Returns:
+        int8. Rows of zeros keep theirs.
+    """
+    excess = ((level - rule.full) >> 3) + 1
+    shrinks = (level < rule.empty) & (level > EMPTY)
+    if rule.period > 1:
+        shrinks &= step % rule.period == 0
+    change = jnp.where(excess > 0, jnp.minimum(excess, rule.growth), jnp.where(shrinks, excess, 0))
+    change = jnp.maximum(change, -rule.shrinkage)
+    return jnp.clip(exponent.astype(jnp.int32) + change, *exponent_range(format)).astype(jnp.int8)
+
+
+def fitted(magnitude: jax.Array, rule: Rule, format: FloatFormat) -> jax.Array:
+    """The exponents under which rows whose largest elements have these bits are just not full, int32."""
+    excess = (magnitude >> 20) - ((format.maxexp + 126) << 3) - rule.full
+    return jnp.clip((excess >> 3) + 1, *exponent_range(format))
+
+
+def with_level(
+    indices: Sequence[tuple[jax.Array, np.dtype]], magnitude: jax.Array, shape: tuple[int, ...], format: FloatFormat
+) -> tuple[list[jax.Array], jax.Array]:
+    """Casts what a step stores, and gives the levels of the rows that it was about to store.
+
+    Args:
+        indices: What is stored, int32, shape `[...]`, and the dtypes in which.
+        magnitude: Bits, without the sign, of what the elements are about to become, divided by their scale: int32,
+            shape `[...]`; 0 for what is not finite.
+        shape: That of the exponents: 1 in each dimension that shares one.
+        format: The format whose top binade has level 0.
+
+    Returns:
+        What is stored in the dtypes, and levels, int32, of the shape of the exponents.
+    """
+    arrays, dtypes = zip(*indices, strict=True)
+    shared = [axis for axis in range(magnitude.ndim) if shape[axis] == 1]
+
+    def level(magnitude):
+        level = jnp.clip((magnitude >> 20) - ((format.maxexp + 126) << 3), EMPTY + 1, 127)
+        return jnp.where(magnitude < 2**23, EMPTY, level)
+
+    # On a TPU one kernel writes all of this, if the maximum is one of int32: that of int8 costs 30 bytes per element.
+    def apart(magnitude, *indices):
+        largest = jnp.max(magnitude, axis=shared, keepdims=True, initial=0)
+        return [index.astype(dtype) for index, dtype in zip(indices, dtypes, strict=True)], level(largest)
+
+    # XLA:CPU makes a kernel of each output, with all that came before in each. One word holds them all, the level on
+    # top, so that it is that of the largest word; and a division keeps XLA from making the word again for each. The
+    # compiler behind XLA sees that it divides by 1.
+    def packed(magnitude, *indices):
+        container = np.dtype(np.int16 if sum(dtype.itemsize for dtype in dtypes) == 1 else np.int32)
+        top, word, shifts = 8 * container.itemsize - 8, level(magnitude), []
+        word <<= top
+        for index, dtype in zip(indices, dtypes, strict=True):
+            shifts.append(8 * sum(earlier.itemsize for earlier in dtypes[: len(shifts)]))
+            word |= (index & (2 ** (8 * dtype.itemsize) - 1)) << shifts[-1]
+        one = ((magnitude & np.int32(2**31 - 1)) >> 31) + 1
+        word = lax.div(word.astype(container), one.astype(container))
+        largest = jnp.max(word, axis=shared, keepdims=True, initial=EMPTY << top)
+        stored = [(word >> shift).astype(dtype) for shift, dtype in zip(shifts, dtypes, strict=True)]
+        return stored, largest.astype(jnp.int32) >> top
+
+    fits = sum(dtype.itemsize for dtype in dtypes) < 4
+    return lax.platform_dependent(magnitude, *arrays, cpu=packed if fits else apart, default=apart)
+
+
+def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the exponents of an array: one for every row."""
+    return (*shape[:-1], 1) if shape else ()
+
+
+def _eighths(format: FloatFormat) -> int:
+    """Level of the largest number."""
+    return int(8 * (format.max / 2.0 ** (format.maxexp - 1) - 1))
+
+
+def power_of_two_scale(
+    x: jax.typing.ArrayLike, format: FormatLike, axis: int | tuple[int, ...] | None = None
+) -> jax.Array:
+    """The smallest power of two by which a format must be scaled to reach every element: 2**ceil(log2(amax / max)).
+
+    A power of two moves no number off its grid when the weights change, as a scale of `amax / max` would.
+
+    Args:
+        x: Real numbers. Shape `[...]`, any floating dtype.
+        format: Anything that `as_format` accepts.
+        axis: The axes over which the largest magnitude is taken, kept with size 1: `-1` gives a scale per row.
+            Default: all of them, and a scalar.
+
+    Returns:
+        Scales, float32 (float64 for float64 x); 1 where x is all zero, NaN where it is not finite. Within the normal
+        range of their dtype.
+
+    Raises:
+        TypeError: If x is not floating.
+        ValueError: If the format is unknown.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp
+        >>> ag.power_of_two_scale(jnp.array([[0.1, -0.7], [100.0, 500.0]]), "float8_e4m3fn", axis=-1)
+        Array([[1.953125e-03],
+               [2.000000e+00]], dtype=float32)
+    """
+    x, format = as_real(x), as_format(format)
+    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None, initial=0.0)
+    info = jnp.finfo(x.dtype)
+    exponent = floor_log2(amax)
+    significand = ldexp(amax, -exponent)
+    exponent += (significand > format.max / 2.0 ** (format.maxexp - 1)) - (format.maxexp - 1)
+    scale = power_of_two(jnp.clip(exponent, info.minexp, info.maxexp - 1), x.dtype)
+    return jnp.where(jnp.isfinite(amax), jnp.where(significand == 0, 1, scale), jnp.nan)
