@@ -126,3 +126,33 @@ def nearest_by_table(name: str, x: np.ndarray) -> np.ndarray:
     low = np.searchsorted(middles, magnitude, side="left")  # Ties go down here ...
     tie = (low < len(middles)) & (magnitude == middles[np.minimum(low, len(middles) - 1)]) & (low % 2 == 1)
     return np.where(np.isnan(x), np.nan, np.copysign(values[np.minimum(low + tie, len(values) - 1)], x))
+
+
+@functools.cache
+def refined_table(name: str, fraction_bits: int) -> np.ndarray:
+    """All numbers >= 0 of a format and those between, evenly spaced, that fraction bits add; float64, exact."""
+    values = table(name)
+    return np.interp(np.arange((len(values) - 1) * 2**fraction_bits + 1) / 2**fraction_bits, range(len(values)), values)
+
+
+def nearest_index(values: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Index of the number of a table nearest to float64 x, ties to the even one, saturating; NaN is 0."""
+    magnitude = np.abs(np.nan_to_num(x))
+    middles = (values[1:] + values[:-1]) / 2
+    low = np.searchsorted(middles, magnitude, side="left")  # Ties go down here ...
+    tie = (low < len(middles)) & (magnitude == middles[np.minimum(low, len(middles) - 1)]) & (low % 2 == 1)
+    return np.where(x < 0, -1, 1) * (low + tie)
+
+
+def patterns(count: int, values: np.ndarray, exponent: int, seed: int) -> np.ndarray:
+    """float32 numbers: a half of all bit patterns, a half near the numbers of a scaled table and the middles."""
+    rng = np.random.default_rng(seed)
+    bits = (np.arange(count // 2, dtype=np.uint64) * (2**32 // (count // 2))).astype(np.uint32)
+    bits += rng.integers(0, 2**32 // (count // 2), count // 2, dtype=np.uint32)
+    k = rng.integers(0, len(values) - 1, count - count // 2)
+    share = rng.choice([0.0, 0.5, 0.25, 1.0, rng.random()], k.size)
+    near = np.ldexp(values[k] + share * (values[k + 1] - values[k]), exponent)
+    with np.errstate(over="ignore"):
+        near = near.astype(np.float32).view(np.uint32) + rng.integers(-2, 3, k.size).astype(np.uint32)
+    near ^= rng.integers(0, 2, k.size, dtype=np.uint32) << 31
+    return np.concatenate([bits, near]).view(np.float32)

@@ -138,10 +138,14 @@ class TestShares:
 
     def test_of_grid_arrays(self):
         x = ag.GridArray(
-            jnp.array([[126, -126, 125, 7, 8, 0]], jnp.int8), jnp.full((1, 1), 0.5), ag.as_format(FORMAT), 0
+            jnp.array([[126, -126, 125, 7, 8, 0]], jnp.int8), jnp.full((1, 1), -1, jnp.int8), ag.as_format(FORMAT), 0
         )
         assert float(diagnostics.saturation_share(x)) == np.float32(2 / 6)
         assert float(diagnostics.subnormal_share(x)) == np.float32(1 / 6)
+        plain = ag.from_grid(x)
+        np.testing.assert_array_equal(plain, 0.5 * ag.value(x.index.astype(jnp.float32), FORMAT))
+        assert diagnostics.saturation_share(plain, FORMAT, 0.5) == diagnostics.saturation_share(x)
+        assert diagnostics.subnormal_share(plain, FORMAT, 0.5) == diagnostics.subnormal_share(x)
 
 
 class TestCapacity:
@@ -243,7 +247,7 @@ class TestPredictFreeze:
         update = jax.jit(tx.update)
         for i in range(40):
             updates, state = update(g, state, params)
-            assert not updates.scale.any(), "No scale may grow, as the prediction keeps them."
+            assert not updates.exponent.any(), "No scale may grow, as the prediction keeps them."
             last[np.asarray(updates.index) != 0] = i + 1
             params = optax.apply_updates(params, updates)
             trace.append(trace[-1] - np.float32(schedule(i)) * g)

@@ -74,6 +74,30 @@ class TestFloatFormatOfAUser:
     def test_is_no_dtype_by_its_name_alone(self):
         assert ag.FloatFormat("float8_e4m3fn", 2, 1, 1, 6.0).dtype is None
 
+    def test_without_a_sign_has_the_positive_numbers_alone(self):
+        signed = ag.FloatFormat("u", 4, 3, 7, 448.0)
+        format = dataclasses.replace(signed, signed=False)
+        assert (signed.bits, format.bits) == (8, 7)
+        assert (signed.min, format.min) == (-448.0, 0.0)
+        for name in ("max_index", "max", "minexp", "maxexp", "eps", "smallest_normal", "smallest_subnormal"):
+            assert getattr(format, name) == getattr(signed, name), name
+        assert format != signed
+        assert ag.as_format(format) is format
+        refined = format.refined(2)
+        assert (refined.signed, refined.bits, refined.max_index) == (False, 9, 4 * format.max_index)
+
+    def test_without_a_sign_is_no_dtype(self):
+        for format in map(ag.as_format, ("float8_e4m3fn", "float16")):
+            assert dataclasses.replace(format, signed=False).dtype is None
+
+    def test_without_a_sign_takes_every_code_and_no_more(self):
+        last = 1.9375 * 2.0**8  # Index 255 of 8 bits.
+        format = ag.FloatFormat("u", 4, 4, 7, last, signed=False)
+        assert (format.bits, format.max_index) == (8, 255)
+        for signed in (False, True):  # The width of the fields bounds the index, with a sign or without.
+            with pytest.raises(ValueError, match=r"max must be a value of the format, got max=512\.0"):
+                ag.FloatFormat("bad", 4, 4, 7, 512.0, signed=signed)
+
     def test_refuses_more_than_float32(self):
         wide = ag.FloatFormat("wide", 9, 3, 200, 1.0)
         with pytest.raises(ValueError, match=r"no more range and precision than float32.*name='wide'"):

@@ -9,6 +9,7 @@ import oracle
 import pytest
 
 import altgrad_jax as ag
+from altgrad_jax.codec import exponent_range
 
 STORED = [(name, bits) for name in oracle.FORMAT_NAMES for bits in (0, 8)]
 
@@ -18,7 +19,8 @@ def every_index(name, fraction_bits, scale=0.25):
     format = ag.as_format(name)
     last = format.max_index * 2**fraction_bits
     dtype = next(d for d in (np.int8, np.int16, np.int32) if last <= np.iinfo(d).max)
-    return ag.GridArray(np.arange(-last, last + 1).astype(dtype), jnp.float32(scale), format, fraction_bits)
+    index = jnp.arange(-last, last + 1).astype(dtype)
+    return ag.GridArray(index, jnp.full(1, np.log2(scale), jnp.int8), format, fraction_bits)
 
 
 def exact_values(name, fraction_bits, scale=0.25):
@@ -43,7 +45,7 @@ class TestEveryIndex:
         np.testing.assert_array_equal(np.asarray(full, np.float64), flushed(exact_values(name, fraction_bits, scale)))
 
     def test_is_encoded_as_itself(self, name, fraction_bits):
-        scale = 0.5 if name == "bfloat16" else 4.0
+        scale = 1.0 if name == "bfloat16" else 4.0
         q = every_index(name, fraction_bits, scale)
         again = ag.to_grid(
             ag.from_grid(q, full=True), name, fraction_bits=fraction_bits, scale=q.scale, where=lambda path, leaf: True
@@ -56,7 +58,8 @@ class TestEveryIndex:
         for arguments in ({"scale": q.scale}, {}):  # A GridArray of the same format keeps its scale.
             encoded = ag.to_grid(q, name, fraction_bits=fraction_bits, where=lambda path, leaf: True, **arguments)
             chex.assert_trees_all_equal(encoded.index, again.index)
-            assert (encoded.scale == q.scale).all()
+            np.testing.assert_array_equal(encoded.exponent, q.exponent)
+            assert encoded.exponent.dtype == jnp.int8
 
     def test_without_its_fraction_is_the_nearest_number_of_the_format(self, name, fraction_bits):
         q = every_index(name, fraction_bits, scale=1.0)
@@ -75,23 +78,55 @@ class TestStorage:
     def test_takes_the_smallest_dtype(self, bits, dtype):
         q = ag.to_grid(jnp.ones((2, 3)), fraction_bits=bits)
         assert q.index.dtype == dtype
-        assert q.nbytes == 6 * jnp.dtype(dtype).itemsize + 8
+        assert q.exponent.dtype == jnp.int8
+        assert q.nbytes == 6 * jnp.dtype(dtype).itemsize + 2
         assert (q.shape, q.ndim, q.size) == ((2, 3), 2, 6)
 
-    def test_scale_of_a_row_leaves_a_factor_of_two(self):
-        x = jax.random.normal(jax.random.key(0), (16, 64)) * jnp.exp2(jnp.arange(16.0))[:, None]
-        for name in ("float8_e4m3fn", "E0M7", "float4_e2m1fn"):
-            q = ag.to_grid(x, name)
-            assert q.scale.shape == (16, 1)
-            reach = np.abs(x).max(axis=1, keepdims=True) / (q.scale * q.format.max)
-            assert (reach <= 0.5).all()
-            assert (reach > 0.25).all()
+    @pytest.mark.parametrize(
+        ("name", "fraction_bits"),
+        [*((name, 0) for name in oracle.FORMAT_NAMES if name != "bfloat16"), ("float8_e4m3fn", 5), ("E0M7", 5)],
+    )
+    def test_scale_of_a_row_is_the_smallest_that_leaves_its_share(self, name, fraction_bits):
+        """Half of the largest number, to an eighth of its octave, down; in a uniform format seven eighths of 1."""
+        largest = oracle.table(name)[-1]
+        octave = 2.0 ** np.floor(np.log2(largest))
+        limit = 7 / 8 if name == "E0M7" else np.floor(8 * largest / octave) / 8 * octave / 2
+        edges = np.float32(limit) * np.exp2(np.arange(-8, 1, dtype=np.float32))
+        rng = np.random.default_rng(0)
+        amax = np.concatenate(
+            [edges, np.nextafter(edges, np.float32(0)), np.exp2(rng.uniform(-20, 10, 50)).astype(np.float32)]
+        )
+        x = rng.uniform(-1, 1, (amax.size, 8)).astype(np.float32) * amax[:, None]
+        x[np.arange(amax.size), rng.integers(0, 8, amax.size)] = amax * rng.choice([-1, 1], amax.size)
+        q = ag.to_grid(x, name, fraction_bits=fraction_bits)
+        assert q.scale.shape == (amax.size, 1)
+        assert (q.scale.dtype, q.exponent.dtype) == (jnp.float32, jnp.int8)
+        scale = np.asarray(q.scale, np.float64)[:, 0]
+        np.testing.assert_array_equal(scale, np.exp2(np.asarray(q.exponent, np.float64))[:, 0])
+        assert (amax < scale * limit).all()
+        least = 2.0 ** exponent_range(q.grid)[0]
+        assert ((amax >= scale / 2 * limit) | (scale == least)).all()
+        assert (scale > least).all() or name == "E7M0"
+        assert (amax / (scale * largest) < (1.0 if name == "E0M7" else 0.5)).all()
+
+    def test_scale_of_bfloat16_is_one(self):
+        np.testing.assert_array_equal(ag.to_grid(jnp.array([[1e-30], [1.0], [3e38]]), "bfloat16").scale, 1.0)
+
+    def test_scale_of_a_row_stays_legal(self):
+        for name in ("float8_e4m3fn", "E0M7", "E7M0", "float16"):
+            format = ag.as_format(name)
+            low, high = exponent_range(format)
+            largest = format.max * 2.0**high
+            q = ag.to_grid(jnp.float32([[2.0**-126, 0.0], [largest, 0.0]]), name)
+            np.testing.assert_array_equal(q.exponent, [[low], [high]])
+            np.testing.assert_array_equal(ag.from_grid(q)[1], [largest, 0.0])
 
     def test_scale_of_zeros(self):
         x = jnp.zeros((3, 4)).at[1].set(100.0)
         scale = ag.to_grid(x).scale
         assert scale[0] == scale[1] == scale[2]
-        assert ag.to_grid(jnp.zeros((3, 4))).scale[0] == ag.to_grid(jnp.ones((3, 4))).scale[0]
+        np.testing.assert_array_equal(ag.to_grid(jnp.zeros((3, 4))).scale, ag.to_grid(jnp.ones((3, 4))).scale)
+        assert scale[1] == ag.to_grid(jnp.full((1, 1), 100.0)).scale[0]
 
     def test_scale_of_the_user(self):
         x = {"a": jnp.full((2, 2), 0.3), "b": jnp.full((2, 3), 0.3)}
@@ -125,6 +160,38 @@ class TestStorage:
         jax.jit(lambda tree: tree, donate_argnums=0)(q)
         assert one == 0.5
 
+    def test_takes_every_legal_scale_and_no_other(self):
+        for name, fraction_bits, low, high in [
+            ("float8_e4m3fn", 0, -117, 119),
+            ("float8_e4m3fn", 8, -109, 119),
+            ("E0M7", 0, -119, 126),
+            ("E7M0", 8, -56, 63),
+            ("float16", 0, -102, 112),
+            ("bfloat16", 0, 0, 0),
+        ]:
+            format = ag.as_format(name)
+            step, largest = format.refined(fraction_bits).smallest_subnormal, format.max
+            for exponent in (low, high):
+                x = jnp.float32([[largest * 2.0**exponent, max(step * 2.0**exponent, 2.0**-126)]])
+                q = ag.to_grid(x, name, fraction_bits=fraction_bits, scale=2.0**exponent)
+                np.testing.assert_array_equal(q.exponent, exponent)
+                np.testing.assert_array_equal(ag.from_grid(q, full=True), x)
+            for exponent in (low - 1, high + 1):
+                message = rf"scale must be a power of two from 2\*\*{low} to 2\*\*{high}, got {2.0**exponent}"
+                with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+                    ag.to_grid(jnp.zeros((2, 2)), name, fraction_bits=fraction_bits, scale=2.0**exponent)
+
+    @pytest.mark.parametrize(("max_index", "dtype"), [(254, jnp.uint8), (255, jnp.uint16)])
+    def test_without_a_sign(self, max_index, dtype):
+        format = ag.FloatFormat("u", 0, 8, 0, max_index / 256, signed=False)
+        numbers = np.arange(max_index + 1, dtype=np.float32)[None] / 256
+        q = ag.to_grid(numbers, format, scale=1.0)
+        assert q.index.dtype == dtype
+        np.testing.assert_array_equal(q.index[0], np.arange(max_index + 1))
+        np.testing.assert_array_equal(ag.from_grid(q), numbers)
+        with pytest.raises(ValueError, match="is not finite or exceeds"):
+            ag.to_grid(-numbers, format, scale=1.0)
+
     def test_stacks(self):
         a, b = (ag.to_grid(jnp.ones((2, 2)), scale=scale) for scale in (0.5, 0.25))
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), a, b)
@@ -135,6 +202,23 @@ class TestStorage:
             q = ag.to_grid(jnp.full((2, 2), 0.3, dtype), "float16")
             np.testing.assert_array_equal(ag.from_grid(q, dtype), jnp.full((2, 2), 0.3, dtype))
             assert ag.from_grid(q, dtype).dtype == dtype
+
+    def test_remembers_the_dtype_of_its_leaf(self):
+        for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+            q = ag.to_grid(jnp.full((2, 2), 0.3, dtype))
+            again = ag.to_grid(jax.jit(lambda tree: tree)(q), "E3M4")
+            assert q.dtype == again.dtype == q.value().dtype == again.value().dtype == dtype
+            assert q.value(jnp.float32).dtype == ag.from_grid(q).dtype == jnp.float32
+            np.testing.assert_array_equal(q.value(), ag.from_grid(q, dtype))
+        assert ag.GridArray(q.index, q.exponent, q.format).value().dtype == jnp.float32
+
+    @pytest.mark.parametrize(("bits", "dtype"), [(0, jnp.int8), (8, jnp.int16), (17, jnp.int32)])
+    def test_most_negative_index_is_nan(self, bits, dtype):
+        index = jnp.array([[np.iinfo(dtype).min, 0, 8 << bits]], dtype)
+        q = ag.GridArray(index, jnp.zeros((1, 1), jnp.int8), ag.as_format("float8_e4m3fn"), bits)
+        for full in (False, True):
+            np.testing.assert_array_equal(ag.from_grid(q, full=full), [[np.nan, 0, 2.0**-6]])
+        np.testing.assert_array_equal(np.asarray(q.fp8()[0]).astype(np.float32), [[np.nan, 0, 2.0**-6]])
 
 
 class TestFp8:
@@ -159,7 +243,7 @@ class TestPytree:
 
     def test_describes_itself(self):
         assert repr(ag.to_grid(jnp.ones((2, 3)), "E3M4", fraction_bits=8)) == (
-            "GridArray(E3M4 + 8 bits, shape=(2, 3), int16 + float32[2,1])"
+            "GridArray(E3M4 + 8 bits, shape=(2, 3), int16 + int8[2,1])"
         )
         assert "index=None" in repr(jax.tree.map(lambda leaf: None, ag.to_grid(jnp.ones((2, 3)))))
 
@@ -185,7 +269,7 @@ class TestPytree:
         q = ag.to_grid(jnp.ones((4, 2)))
         mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
         moved = jax.device_put(q, jax.NamedSharding(mesh, jax.P("d")))
-        assert len(moved.index.sharding.device_set) == len(moved.scale.sharding.device_set) == 2
+        assert len(moved.index.sharding.device_set) == len(moved.exponent.sharding.device_set) == 2
 
     @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
     def test_adds_steps_exactly(self, dtype):
@@ -198,9 +282,12 @@ class TestPytree:
         )
         old, new = (a.ravel().astype(dtype) for a in np.meshgrid(values, values))
         format = ag.as_format("E3M4")
-        param = ag.GridArray(jnp.asarray(old), jnp.float32(1), format)
-        update = ag.GridArray(jnp.asarray(new) - jnp.asarray(old), jnp.float32(0), format)
-        np.testing.assert_array_equal(optax.apply_updates(param, update).index, new)
+        param = ag.GridArray(jnp.asarray(old), jnp.full(1, 3, jnp.int8), format)
+        update = ag.GridArray(jnp.asarray(new) - jnp.asarray(old), jnp.full(1, -5, jnp.int8), format)
+        after = optax.apply_updates(param, update)
+        np.testing.assert_array_equal(after.index, new)
+        np.testing.assert_array_equal(after.exponent, -2)
+        assert (after.index.dtype, after.exponent.dtype) == (dtype, jnp.int8)
 
 
 class TestBadInput:
@@ -219,8 +306,17 @@ class TestBadInput:
             ({"fraction_bits": 0.5}, TypeError, "fraction_bits must be an integer, got 0.5"),
             ({"scale": 0.3}, ValueError, "scale must be a power of two from .*, got 0.3"),
             ({"scale": -1.0}, ValueError, "scale must be a power of two from .*, got -1.0"),
-            ({"scale": 2.0**200}, ValueError, "power of two from 2\\*\\*-126 to 2\\*\\*127, got 1.6"),
-            ({"scale": 2.0**-140}, ValueError, "power of two from 2\\*\\*-126 to 2\\*\\*127, got 7.1"),
+            ({"scale": 2.0**200}, ValueError, r"scale must be a power of two from 2\*\*-117 to 2\*\*119, got 1.6"),
+            ({"scale": 2.0**-140}, ValueError, r"scale must be a power of two from 2\*\*-117 to 2\*\*119, got 7.1"),
+            ({"format": "bfloat16", "scale": 0.5}, ValueError, r"power of two from 2\*\*0 to 2\*\*0, got 0.5"),
+            ({"scale": np.array([0.5, 0.75])}, ValueError, r"scale must be a power of two from .*, got \[0.5 *0.75\]"),
+            ({"scale": 0.0}, ValueError, "scale must be a power of two from .*, got 0.0"),
+            ({"scale": np.nan}, ValueError, "scale must be a power of two from .*, got nan"),
+            (
+                {"format": "E0M7", "fraction_bits": 17},
+                ValueError,
+                "E0M7 has 127 numbers and takes up to 16 fraction_bits, got 17",
+            ),
             ({"scale": np.ones((3, 1))}, ValueError, r"scale must broadcast to \(2, 2\), got shape \(3, 1\)"),
             ({"scale": np.ones((1, 2, 1))}, ValueError, r"scale must broadcast to \(2, 2\), got shape \(1, 2, 1\)"),
             ({"where": {"w": 1, "n": False}}, TypeError, r"where must be a bool at params\['w'\], got 1"),

@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 import altgrad_jax as ag
-from altgrad_jax import rounding
+from altgrad_jax.codec import encode, rest_bits_of
 
 
 class TestRoundNearest:
@@ -49,14 +49,18 @@ class TestRoundNearest:
         np.testing.assert_array_equal(ag.round_nearest(x, "float32"), x)
 
 
-def exact_up_counts(name, xs):
-    """For how many of the 2**24 words each x is rounded away from zero, and the exact rest of x in steps."""
-    words = jnp.arange(2**24, dtype=jnp.uint32)
+def exact_up_shares(name, xs):
+    """For what share of the words each x is rounded away from zero, and the exact rest of x in steps.
+
+    Of 24 upper bits where more are used: the rest of a normal number has fewer.
+    """
     format = ag.as_format(name)
+    bits = min(rest_bits_of(format), 24)
+    words = jnp.arange(2**bits, dtype=jnp.uint32) << (32 - bits)
 
     @jax.jit
     def count(x):
-        index = rounding.stochastic_index(jnp.full(words.shape, x), words, format)
+        index = encode(jnp.full(words.shape, x), 0, format, words)
         low = index.min()
         return low, index.max(), jnp.sum(index != low)
 
@@ -66,11 +70,11 @@ def exact_up_counts(name, xs):
         k = int(np.searchsorted(values, np.float64(np.float32(x)), side="right")) - 1
         last = k == len(values) - 1
         rest = 0.0 if last else (np.float64(np.float32(x)) - values[k]) / (values[k + 1] - values[k])
-        yield k, low, high, ups, rest
+        yield k, low, high, ups / 2**bits, rest
 
 
 class TestRoundStochastic:
-    """Unbiased between the two neighbours, exactly: over all 2**24 random words."""
+    """Unbiased between the two neighbours, exactly: over all random words: 2**24 for formats of 8 bits."""
 
     @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "E0M7", "E7M0", "float4_e2m1fn", "bfloat16"])
     def test_expectation_is_exact_over_all_words(self, name):
@@ -78,28 +82,29 @@ class TestRoundStochastic:
         rng = np.random.default_rng(0)
         k = rng.integers(len(values) // 2, len(values) - 1, 4)
         stratified = values[k] + (np.arange(4) + rng.random(4)) / 4 * (values[k + 1] - values[k])
-        for k, low, high, ups, rest in exact_up_counts(name, stratified):
+        assert rest_bits_of(ag.as_format(name)) == {"float4_e2m1fn": 28, "bfloat16": 16}.get(name, 24)
+        for k, low, high, ups, rest in exact_up_shares(name, stratified):
             assert low == k
             assert high in (k, k + 1)
-            assert ups == rest * 2**24, "The rest of a normal number fits 24 bits: the expectation is x."
+            assert ups == rest, "The rest of a normal number fits the bits that are used: the expectation is x."
 
     @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "E7M0"])
-    def test_bias_is_below_one_word_where_the_rest_has_more_bits(self, name):
+    def test_rest_of_more_bits_is_rounded_down_by_less_than_one_word(self, name):
         step = oracle.table(name)[1]
-        for k, low, high, ups, rest in exact_up_counts(name, step * np.array([1e-3, 0.1234567, 1 - 2.0**-20, 3e-8])):
+        for k, low, high, ups, rest in exact_up_shares(name, step * np.array([1e-3, 0.1234567, 1 - 2.0**-20, 3e-8])):
             assert (k, low) == (0, 0)
             assert high in (0, 1)
-            assert abs(ups / 2**24 - rest) <= 2.0**-25
+            assert ups == np.floor(rest * 2**24) / 2**24
 
     def test_no_word_moves_a_number_of_the_format(self):
         values = oracle.table("float8_e4m3fn")
-        for k, low, high, _, rest in exact_up_counts("float8_e4m3fn", values[[0, 1, 8, 56, 125, 126]]):
+        for k, low, high, _, rest in exact_up_shares("float8_e4m3fn", values[[0, 1, 8, 56, 125, 126]]):
             assert low == high == k
             assert rest == 0
 
     def test_no_word_leaves_the_range(self):
         for name in ("float8_e4m3fn", "float8_e5m2", "E0M7"):
-            for k, low, high, *_ in exact_up_counts(name, oracle.table(name)[-1] * np.array([1.01, 1e4])):
+            for k, low, high, *_ in exact_up_shares(name, oracle.table(name)[-1] * np.array([1.01, 1e4])):
                 assert low == high == k
 
     def test_result_is_one_of_the_two_neighbours_on_both_sides_of_zero(self):
@@ -130,53 +135,6 @@ class TestRoundStochastic:
     @pytest.mark.parametrize("key", [jax.random.PRNGKey(3), jax.random.key(3), jax.random.key(3, impl="rbg")])
     def test_accepts_every_kind_of_key(self, key):
         assert ag.round_stochastic(key, jnp.full(64, 0.3), "E2M5").shape == (64,)
-
-
-class TestRandomBits:
-    """24 bits of a counter: a function of key and position, and as random as a sample of a million can tell."""
-
-    WORDS = jnp.array([0x243F6A88, 0x85A308D3], jnp.uint32)
-
-    def test_are_24_bits_each_of_them_fair(self):
-        bits = np.asarray(rounding.random_bits(self.WORDS, (2**20,)))
-        assert bits.dtype == np.uint32
-        assert bits.max() < 2**24
-        shares = ((bits[:, None] >> np.arange(24)) & 1).mean(0)
-        np.testing.assert_allclose(shares, 0.5, atol=5 * 0.5 / 2**10)
-
-    def test_are_uniform(self):
-        bits = np.asarray(rounding.random_bits(self.WORDS, (2**20,)))
-        counts = np.bincount(bits >> 14, minlength=1024)
-        chi2 = np.sum((counts - 1024.0) ** 2) / 1024
-        assert abs(chi2 - 1023) < 5 * np.sqrt(2 * 1023)
-
-    @pytest.mark.parametrize("stride", [1, 2, 64, 1024, 4096])
-    def test_of_neighbours_are_uncorrelated(self, stride):
-        u = np.asarray(rounding.random_bits(self.WORDS, (2**20,))) / 2**24 - 0.5
-        assert abs(np.mean(u[:-stride] * u[stride:])) * 12 < 5 / 2**10
-
-    @pytest.mark.parametrize("change", [(0, 1), (1, 1), (1, 1 << 31), (0, 1 << 16)])
-    def test_of_neighbouring_keys_are_uncorrelated(self, change):
-        word, delta = change
-        other = self.WORDS.at[word].set(self.WORDS[word] ^ jnp.uint32(delta))
-        u, v = (np.asarray(rounding.random_bits(w, (2**20,))) / 2**24 - 0.5 for w in (self.WORDS, other))
-        assert abs(np.mean(u * v)) * 12 < 5 / 2**10
-
-    def test_depend_on_the_flat_position_alone(self):
-        flat = rounding.random_bits(self.WORDS, (24,))
-        for shape in ((24, 1), (4, 6), (2, 3, 4)):
-            np.testing.assert_array_equal(rounding.random_bits(self.WORDS, shape).ravel(), flat)
-        assert rounding.random_bits(self.WORDS, ()) == flat[0]
-        assert rounding.random_bits(self.WORDS, (0,)).shape == (0,)
-
-    def test_use_a_second_word_beyond_2_to_the_32_elements(self):
-        for shape in ((2**20, 2**20), (3, 2**31, 2)):
-            low, high = jax.eval_shape(lambda shape=shape: rounding._counter(shape))
-            assert (low.shape, high.shape) == (shape, shape)
-        low, high = jax.eval_shape(lambda: rounding._counter((2**20, 2**12)))
-        assert (low.shape, high.shape) == ((2**20, 2**12), ())
-        with pytest.raises(ValueError, match=r"2\*\*32 elements by 2\*\*32, got shape"):
-            jax.eval_shape(lambda: rounding.random_bits(self.WORDS, (2**33,)))
 
 
 class TestFakeQuantize:

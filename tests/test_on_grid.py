@@ -1,0 +1,618 @@
+"""on_grid: whole steps, exact under optax.apply_updates, the same on every sharding and after every restart."""
+
+import functools
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import altgrad_jax as ag
+import altgrad_jax.flax_support
+from altgrad_jax.on_grid import moved
+
+ADAM = functools.partial(optax.adamw, 1e-2)
+# As Adam without a first moment, which the momentum of on_grid is.
+RMS = functools.partial(
+    optax.chain, optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True), optax.scale(-1e-2)
+)
+VARIANTS = {
+    "nearest": lambda: ag.on_grid(ADAM(), rounding="nearest"),
+    "stochastic": lambda: ag.on_grid(ADAM()),
+    "momentum": lambda: ag.on_grid(RMS(), momentum=0.9),
+    "8-bit moments": lambda: ag.compress_state(ag.on_grid(RMS(), momentum=0.9), min_size=1),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def tx(request):
+    return VARIANTS[request.param]()
+
+
+def params_and_gradients(fraction_bits=0):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "a": jax.random.normal(keys[0], (8, 16)),
+        "b": {"kernel": 0.1 * jax.random.normal(keys[1], (16, 4)), "bias": jnp.zeros(4)},
+    }
+    gradients = jax.tree.map(lambda p: 0.1 * jax.random.normal(keys[2], p.shape), params)
+    return ag.to_grid(params, "float8_e4m3fn", fraction_bits=fraction_bits), gradients
+
+
+def run(tx, params, state, gradients, steps):
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+class TestRounding:
+    """The stored number is the rounded target, and the update is its distance in steps."""
+
+    def test_nearest_is_the_nearest_number(self):
+        params, gradients = params_and_gradients(fraction_bits=2)
+        tx = ag.on_grid(optax.sgd(0.3), rounding="nearest")
+        after, _ = run(tx, params, tx.init(params), gradients, 1)
+        target = jax.tree.map(lambda w, g: w - 0.3 * g, ag.from_grid(params, full=True), gradients)
+        for leaf, wanted in ((after["a"], target["a"]), (after["b"]["kernel"], target["b"]["kernel"])):
+            expected = ag.to_grid(wanted, fraction_bits=2, scale=leaf.scale)
+            np.testing.assert_array_equal(leaf.index, expected.index)
+        np.testing.assert_array_equal(after["b"]["bias"], target["b"]["bias"])
+
+    def test_stochastic_moves_to_a_neighbour_and_is_unbiased(self):
+        params = ag.to_grid(jnp.full((1024, 1024), 1.0), scale=2.0**-7)
+        ulp = 2.0**-3
+        tx = ag.on_grid(optax.scale(1.0))
+        for share in (0.01, 0.3):
+            updates, _ = tx.update(jnp.full((1024, 1024), share * ulp), tx.init(params), params)
+            steps = np.asarray(ag.signed_steps(updates, params))
+            assert set(np.unique(steps)) == {0, 1}
+            assert abs(steps.mean() - share) < 5 * np.sqrt(share / 2**20)
+        updates, _ = tx.update(jnp.full((1024, 1024), -0.3 * ulp), tx.init(params), params)
+        steps = np.asarray(ag.signed_steps(updates, params)) / 2  # Below a power of two the steps are half as wide.
+        assert abs(steps.mean() + 0.3) < 5 * np.sqrt(0.3 / 2**20)
+
+    @pytest.mark.parametrize("name", ["float8_e4m3fn", "E0M7", "E7M0", "float4_e2m1fn", "bfloat16"])
+    @pytest.mark.parametrize("fraction_bits", [0, 8])
+    @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
+    def test_without_a_movement_no_number_moves(self, name, fraction_bits, arguments):
+        format = ag.as_format(name)
+        last = format.max_index * 2**fraction_bits
+        first = 128 * 2**fraction_bits if name == "bfloat16" else 0  # XLA flushes what lies below.
+        positive = np.linspace(first, last, 2**11).round()
+        dtype = next(d for d in (np.int8, np.int16, np.int32) if last <= np.iinfo(d).max)
+        index = jnp.asarray(np.concatenate([-positive, positive])[None], dtype)
+        params = ag.GridArray(index, jnp.zeros((1, 1), jnp.int8), format, fraction_bits)
+        tx = ag.on_grid(optax.scale(-1.0), **arguments)
+        updates, state = tx.update(jnp.zeros(index.shape), tx.init(params), params)
+        assert not np.asarray(updates.index).any()
+        assert not np.asarray(updates.exponent).any()
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(ag.from_grid(state.momentum)))
+
+    def test_moves_from_every_number_to_every_other(self):
+        format = ag.as_format("float8_e4m3fn")
+        old, new = (a.astype(np.int8) for a in np.meshgrid(np.arange(-126, 127), np.arange(-126, 127)))
+        zero = jnp.zeros((253, 1), jnp.int8)
+        before, after = (ag.GridArray(jnp.asarray(i), zero, format) for i in (old, new))
+        move = ag.from_grid(after) - ag.from_grid(before)
+        for rounding in ("nearest", "stochastic"):
+            tx = ag.on_grid(optax.scale(1.0), rounding=rounding)
+            updates, _ = tx.update(move, tx.init(before), before)
+            np.testing.assert_array_equal(optax.apply_updates(before, updates).index, new)
+            np.testing.assert_array_equal(ag.signed_steps(updates, before), new.astype(int) - old)
+
+    @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
+    @pytest.mark.parametrize("fraction_bits", [0, 8])
+    def test_a_movement_that_is_not_finite_makes_nan(self, arguments, fraction_bits):
+        params = ag.to_grid(jnp.array([[0.5, -0.01, 0.3, 1.0]]), fraction_bits=fraction_bits)
+        tx = ag.on_grid(optax.scale(1.0), **arguments)
+        state = tx.init(params)
+        for bad in (jnp.array([[jnp.inf, jnp.nan, 0.0, -jnp.inf]]), jnp.zeros((1, 4))):
+            updates, state = tx.update(bad, state, params)
+            params = optax.apply_updates(params, updates)
+            for full in (False, True):
+                np.testing.assert_array_equal(np.isnan(ag.from_grid(params, full=full)), [[True, True, False, True]])
+        np.testing.assert_array_equal(np.isnan(params.fp8()[0].astype(jnp.float32)), [[True, True, False, True]])
+
+
+RECIPES = [("float8_e4m3fn", 0), ("float8_e3m4", 0), ("E2M5", 0), ("E0M7", 0), ("float8_e3m4", 8)]
+
+
+def scan(tx, params, state, moves):
+    """Parameters, state and whether each weight moved, after the updates in the leading axis of moves."""
+
+    @jax.jit
+    def run(carry, moves):
+        def step(carry, move):
+            params, state = carry
+            updates, state = tx.update(move, state, params)
+            moved = jax.tree.map(lambda index: index != 0, ag.signed_steps(updates, params))
+            return (optax.apply_updates(params, updates), state), moved
+
+        return jax.lax.scan(step, carry, moves)
+
+    (params, state), moved = run((params, state), moves)
+    return params, state, moved
+
+
+def owed(params, state, b):
+    """w + b M / (1 - b), which gains exactly the update at each step, in float64."""
+    w, m = (np.asarray(ag.from_grid(tree, full=True), np.float64) for tree in (params, state.momentum))
+    return w + b / (1 - b) * m
+
+
+class TestMomentum:
+    """M <- b M + (1 - b) u; target = w + M; w' = round(target); M <- M + (1 / b - 1) (target - w')."""
+
+    def test_is_the_recurrence(self):
+        """The function on one leaf, in float64, with an ordinary rounding."""
+        before, update, carried = np.array([1.0, -0.3, 2.0]), np.array([0.02, -0.001, 0.0]), np.array([0.0, 0.01, 0.3])
+        with jax.enable_x64(True):
+            target, early, after = moved(
+                before, update, carried, np.full(3, 0.125), lambda t: jnp.round(8 * t) / 8, 0.8
+            )
+        np.testing.assert_allclose(early, 0.8 * carried + 0.2 * update, rtol=1e-15)
+        np.testing.assert_allclose(target, before + 0.8 * carried + 0.2 * update, rtol=1e-15)
+        error = np.asarray(target) - np.round(8 * np.asarray(target)) / 8
+        np.testing.assert_allclose(after, np.asarray(early) + 0.25 * error, rtol=1e-14)
+
+    @pytest.mark.parametrize("b", [0.5, 0.9, 0.95])
+    def test_weight_and_what_is_owed_gain_exactly_the_update(self, b):
+        """However the weight is rounded, with a momentum that is not rounded: float32, of a bfloat16 weight."""
+        params = ag.to_grid(jax.random.normal(jax.random.key(0), (8, 64)), "bfloat16")
+        tx = ag.on_grid(optax.scale(1.0), momentum=b)
+        moves = 1e-3 * jax.random.normal(jax.random.key(1), (50, 8, 64))
+        after, state, _ = scan(tx, params, tx.init(params), moves)
+        gained = owed(after, state, b) - np.asarray(ag.from_grid(params), np.float64)
+        np.testing.assert_allclose(gained, np.asarray(moves, np.float64).sum(0), atol=2e-6)
+
+    @pytest.mark.parametrize(("name", "fraction_bits"), RECIPES)
+    @pytest.mark.parametrize("rate", [1e-3, 1e-5])
+    def test_arrives_with_constant_updates(self, name, fraction_bits, rate):
+        """In the mean over 4096 weights; rounded to nearest, the smaller updates would move nothing."""
+        params = ag.to_grid(0.05 * jax.random.normal(jax.random.key(0), (64, 64)), name, fraction_bits=fraction_bits)
+        tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
+        moves = rate * jnp.ones((300, 64, 64))
+        after, state, _ = scan(tx, params, tx.init(params), moves)
+        gained = owed(after, state, 0.9) - np.asarray(ag.from_grid(params, full=True), np.float64)
+        noise = gained.std() / 64
+        assert abs(gained.mean() - 300 * rate) < 5 * noise + 0.01 * 300 * rate
+        assert noise < 0.1 * 300 * rate
+
+    def test_of_plain_leaves_is_that_of_optax(self):
+        params, gradients = params_and_gradients()
+        tx = ag.on_grid(optax.scale(-0.02), momentum=0.8)
+        after, _ = run(tx, params, tx.init(params), gradients, 7)
+        plain = optax.chain(optax.scale(-0.02), optax.ema(0.8, debias=False))
+        bias = jnp.zeros(4)
+        alone, _ = run(plain, bias, plain.init(bias), gradients["b"]["bias"], 7)
+        np.testing.assert_allclose(after["b"]["bias"], alone, rtol=1e-6)
+
+    def test_is_one_byte_with_the_exponents_of_its_weights(self):
+        params, gradients = params_and_gradients()
+        tx = ag.on_grid(optax.scale(-0.3), momentum=0.9)
+        after, state = run(tx, params, tx.init(params), gradients, 3)
+        assert state.momentum["a"].index.dtype == jnp.int8
+        np.testing.assert_array_equal(state.momentum["a"].exponent, after["a"].exponent)
+        assert state.momentum["b"]["bias"].dtype == jnp.float32
+
+
+class TestRest:
+    """A finished model rests, and what is still owed arrives."""
+
+    @pytest.mark.parametrize(("name", "fraction_bits"), RECIPES)
+    def test_after_training(self, name, fraction_bits):
+        """At most 0.01 % of the weights move per step in 2,000 steps without gradients."""
+        params = ag.to_grid(0.05 * jax.random.normal(jax.random.key(0), (128, 64)), name, fraction_bits=fraction_bits)
+        tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
+        moves = 1e-3 * jax.random.normal(jax.random.key(1), (100, 128, 64))
+        params, state, flips = scan(tx, params, tx.init(params), moves)
+        assert flips[-1].mean() > 1e-3
+        params, state, flips = scan(tx, params, state, jnp.zeros((2000, 128, 64)))
+        assert flips[100:].mean() <= 1e-4
+        steps = np.asarray(params.scale * ag.spacing(ag.from_grid(params, full=True) / params.scale, params.grid))
+        assert (np.abs(ag.from_grid(state.momentum)) * 9 <= 0.51 * steps + 1e-9).mean() > 0.999
+
+    def test_elements_that_owe_more_than_half_a_step_move_on(self):
+        params = ag.to_grid(jnp.ones((1, 1024)), scale=2.0**-7)
+        tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
+        state = tx.init(params)
+        moves = jnp.zeros((200, 1, 1024)).at[0].set(1.5 * 2.0**-3)  # One and a half steps.
+        after, state, _ = scan(tx, params, state, moves)
+        np.testing.assert_array_less(np.abs(owed(after, state, 0.9) - 1 - 1.5 * 2.0**-3).mean(), 0.1 * 2.0**-3)
+        assert set(np.unique(ag.from_grid(after))) <= {1.0, 1.125, 1.25, 1.375}
+        # One or two steps, as half a step may stay owed, either way.
+        assert abs(float(ag.from_grid(after).mean()) - 1 - 1.5 * 2.0**-3) < 0.25 * 2.0**-3
+
+    @pytest.mark.parametrize(("name", "fraction_bits"), RECIPES)
+    def test_rows_with_rare_updates_go_the_way_of_their_float32_twin(self, name, fraction_bits):
+        """Rows that see 1 % of 500 steps, at random."""
+        shape = (64, 128)
+        x = 0.05 * jax.random.normal(jax.random.key(0), shape)
+        seen = jax.random.bernoulli(jax.random.key(1), 0.01, (500, shape[0], 1))
+        moves = jnp.where(seen, 1e-3, 0.0) * jnp.ones(shape)
+        params = ag.to_grid(x, name, fraction_bits=fraction_bits)
+        tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
+        after, _, _ = scan(tx, params, tx.init(params), moves)
+        way = float(jnp.mean(ag.from_grid(after, full=True) - ag.from_grid(params, full=True)))
+        twin = optax.ema(0.9, debias=False)
+
+        def step(carry, move):
+            w, state = carry
+            update, state = twin.update(move, state)
+            return (w + update, state), None
+
+        (w, _), _ = jax.lax.scan(step, (x, twin.init(x)), moves)
+        np.testing.assert_allclose(way, float(jnp.mean(w - x)), rtol=0.1)
+
+
+class TestExponents:
+    """The exponent of a row follows its largest element, one step behind, up and down."""
+
+    def outgrown(self, fraction_bits=0):
+        # 240 is beyond half of 448; 3 * 2**-9 has a bit to lose.
+        values = jnp.array([[240.0, 1.0, -3.5, 3 * 2.0**-9, 2 * 2.0**-9, 0.0], [100.0, 1.0, -3.5, 2.0**-9, 0.0, 0.0]])
+        return ag.to_grid(values, scale=jnp.ones((2, 1)), fraction_bits=fraction_bits)
+
+    def test_grow_by_one_and_keep_the_numbers(self):
+        params, tx = self.outgrown(), ag.on_grid(optax.scale(1.0), rounding="nearest")
+        after, _ = run(tx, params, tx.init(params), jnp.zeros((2, 6)), 2)
+        np.testing.assert_array_equal(after.exponent, [[1], [0]])
+        # 3 * 2**-9 lies between two numbers of the coarser grid: to the even one.
+        expected = np.asarray(ag.from_grid(params)).copy()
+        expected[0, 3] = 4 * 2.0**-9
+        np.testing.assert_array_equal(ag.from_grid(after), expected)
+
+    def test_grow_without_bias(self):
+        values = jnp.concatenate([jnp.array([240.0]), jnp.full(4096, 3 * 2.0**-9)])[None]
+        params, tx = ag.to_grid(values, scale=1.0), ag.on_grid(optax.scale(1.0))
+        after, _ = run(tx, params, tx.init(params), jnp.zeros(values.shape), 2)
+        rounded = np.asarray(ag.from_grid(after))[0, 1:] * 2.0**9
+        assert set(np.unique(rounded)) == {2.0, 4.0}
+        assert abs(rounded.mean() - 3) < 5 / 64
+
+    def test_are_exact_with_a_fraction_bit_to_spare(self):
+        params, tx = self.outgrown(fraction_bits=1), ag.on_grid(optax.scale(1.0))
+        after, _ = run(tx, params, tx.init(params), jnp.zeros((2, 6)), 2)
+        np.testing.assert_array_equal(after.exponent, [[1], [0]])
+        np.testing.assert_array_equal(ag.from_grid(after, full=True), ag.from_grid(params, full=True))
+
+    @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
+    def test_shrink_at_once_and_exactly(self, arguments):
+        values = jnp.array([[26.0, 1.0, -3.5, 0.25], [0.0, 0.0, 0.0, 0.0]])
+        params, tx = ag.to_grid(values, scale=1.0), ag.on_grid(optax.scale(1.0), **arguments)
+        after, _ = run(tx, params, tx.init(params), jnp.zeros((2, 4)), 2)
+        np.testing.assert_array_equal(after.exponent, [[-3], [0]])  # A row of zeros keeps its own.
+        np.testing.assert_array_equal(ag.from_grid(after), values)
+
+    @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
+    def test_leave_the_row_of_a_nan_alone(self, arguments):
+        params = ag.to_grid(jnp.array([[0.5, -0.01, 0.3, 1.0]]))
+        tx = ag.on_grid(optax.scale(1.0), **arguments)
+        state, bad = tx.init(params), jnp.array([[jnp.nan, 0.0, 0.0, 0.0]])
+        expected = np.asarray(ag.from_grid(params)).copy()
+        expected[0, 0] = np.nan
+        for _ in range(9):
+            updates, state = tx.update(bad, state, params)
+            params = optax.apply_updates(params, updates)
+            bad = jnp.zeros((1, 4))
+        np.testing.assert_array_equal(ag.from_grid(params), expected)
+
+    def test_follow_a_jump_two_steps_later(self):
+        params = ag.to_grid(jnp.ones((1, 1)), scale=2.0**-8)  # Ends at 1.75.
+        tx = ag.on_grid(optax.scale(1.0), rounding="nearest")
+        state, stored = tx.init(params), []
+        for _ in range(4):
+            params, state = run(tx, params, state, jnp.full((1, 1), 5.0), 1)
+            stored.append((float(ag.from_grid(params)[0, 0]), float(params.scale[0, 0])))
+        # First as 1.0 is beyond half of 1.75, then by more as it saturates. 8.5 and 13 are rounded.
+        assert stored == [(1.75, 2.0**-8), (3.5, 2.0**-7), (8.0, 2.0**-4), (13.0, 2.0**-3)]
+
+    def test_follow_a_jump_at_once_with_a_momentum(self):
+        params = ag.to_grid(jnp.ones((1, 1)), scale=2.0**-8)
+        tx = ag.on_grid(optax.scale(1.0), momentum=0.5)
+        params, state = run(tx, params, tx.init(params), jnp.full((1, 1), 100.0), 1)
+        assert float(ag.from_grid(params)[0, 0]) == 1.75
+        # The momentum of 50 is what makes the row grow, to where a 32nd of the range holds it.
+        assert 50 <= 31 / 16 * 2.0**3 * 2.0 ** float(state.exponent[0, 0]) <= 400
+
+    def test_let_a_weight_grow_without_end(self):
+        params = ag.to_grid(jnp.ones((1, 2)), fraction_bits=8)
+        tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
+        after, _ = run(tx, params, tx.init(params), jnp.array([[0.25, 0.0]]), 640)
+        np.testing.assert_allclose(ag.from_grid(after, full=True), [[161.0 - 9 * 0.25, 1.0]], rtol=0.03)
+        assert float(after.scale[0, 0]) > float(params.scale[0, 0])
+
+    @pytest.mark.parametrize("momentum", [None, 0.9])
+    @pytest.mark.parametrize("start", [1e-3, 1e-20, 0.0])
+    @pytest.mark.parametrize("fraction_bits", [0, 8])
+    def test_follow_weights_that_grow_by_orders_of_magnitude(self, momentum, start, fraction_bits):
+        params = ag.to_grid(start * jax.random.normal(jax.random.key(0), (8, 32)), fraction_bits=fraction_bits)
+        inner = optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True)
+        tx = ag.on_grid(optax.chain(inner, optax.scale(-1e-2)), momentum=momentum)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(ag.from_grid(params) - 0.5, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state, means = tx.init(params), []
+        for _ in range(192):
+            params, state = step(params, state)
+            means.append(float(ag.from_grid(params).mean()))
+        assert means[63] > 0.2
+        np.testing.assert_allclose(means[-1], 0.5, atol=0.02)
+        assert max(means) < 0.55
+
+    @pytest.mark.parametrize("name", ["float8_e3m4", "E2M5", "E0M7"])
+    def test_of_a_row_that_starts_tiny_go_the_way_of_the_others(self, name):
+        x = jnp.concatenate([jnp.full((1, 64), 3e-11), 0.04 * jax.random.normal(jax.random.key(0), (7, 64))])
+        params = ag.to_grid(x, name)
+        tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
+        after, state, _ = scan(tx, params, tx.init(params), 1e-4 * jnp.ones((200, 8, 64)))
+        gained = owed(after, state, 0.9) - np.asarray(ag.from_grid(params), np.float64)
+        np.testing.assert_allclose(gained[0].mean(), 0.02, rtol=0.1)
+
+
+class TestDeterminism:
+    """The random bits are a function of seed, step, path and position alone."""
+
+    def test_seeds_steps_and_leaves_differ(self):
+        x = jnp.full((64, 64), 1.01)
+        params = ag.to_grid({"a": x, "b": x}, scale=2.0**-7)
+        gradients = {"a": jnp.full(x.shape, 0.05), "b": jnp.full(x.shape, 0.05)}
+
+        def steps(seed, step):
+            tx = ag.on_grid(optax.scale(1.0), seed=seed)
+            updates, _ = tx.update(gradients, tx.init(params)._replace(grid_step=jnp.uint32(step)), params)
+            return updates
+
+        first, again = steps(0, 1), steps(0, 1)
+        chex.assert_trees_all_equal(first, again)
+        for other in (first["b"], steps(1, 1)["a"], steps(0, 2)["a"]):
+            agreement = np.mean(np.asarray(first["a"].index) == other.index)
+            assert abs(agreement - (0.4**2 + 0.6**2)) < 0.05
+
+    @pytest.mark.parametrize("momentum", [None, 0.9])
+    @pytest.mark.parametrize("spec", [jax.P("d"), jax.P(None, "d")])
+    @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+    def test_any_sharding_gives_the_same_bits(self, momentum, spec, axis_type):
+        # A product alone as the inner transformation: XLA:CPU contracts Adam's sums differently for other shapes.
+        tx = ag.on_grid(optax.scale(-0.3), momentum=momentum)
+        params, gradients = params_and_gradients()
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(axis_type,))
+
+        def shard(leaf):
+            even = leaf.ndim == 2 and leaf.shape[len(spec) - 1] % 2 == 0
+            return jax.device_put(leaf, jax.NamedSharding(mesh, spec if even else jax.P()))
+
+        local = run(tx, params, tx.init(params), gradients, 5)
+        with jax.set_mesh(mesh):
+            sharded = run(tx, *jax.tree.map(shard, (params, tx.init(params), gradients)), 5)
+        assert len(sharded[0]["a"].index.sharding.device_set) == 2
+        sharded, local = jax.tree.map(np.asarray, (sharded, local))
+        stored = [(params["a"], params["b"]["kernel"]) for params, _ in (sharded, local)]
+        chex.assert_trees_all_equal(*stored)
+        if momentum is None:
+            chex.assert_trees_all_equal(sharded, local)
+        else:  # XLA:CPU contracts the recurrence of the momentum differently for other shapes.
+            chex.assert_trees_all_close(sharded[1].momentum, local[1].momentum, atol=1e-8, rtol=1e-5)
+        assert not np.array_equal(local[0]["a"].index, params["a"].index)
+
+    @pytest.mark.parametrize("kind", ["msgpack", "orbax"])
+    def test_a_restart_continues_bit_for_bit(self, tx, kind, tmp_path):
+        params, gradients = params_and_gradients(fraction_bits=8)
+        through = run(tx, params, tx.init(params), gradients, 6)
+        half = run(tx, params, tx.init(params), gradients, 3)
+        if kind == "msgpack":
+            fresh = (params, tx.init(params))
+            half = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(half))
+        else:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(tmp_path / "half", half)
+                checkpointer.wait_until_finished()
+                half = checkpointer.restore(tmp_path / "half", jax.eval_shape(lambda: half))
+        chex.assert_trees_all_equal(run(tx, *half, gradients, 3), through)
+
+
+class TestFlaxSerialization:
+    """Another format, shape or dtype is refused."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"format": "E3M4"}, "stored format is 'float8_e4m3fn' but that of the target 'E3M4'"),
+            ({"fraction_bits": 8}, "stored fraction_bits is 0 but that of the target 8"),
+        ],
+    )
+    def test_into_another_grid(self, arguments, message):
+        x = jnp.ones((2, 2))
+        with pytest.raises(ValueError, match=message):
+            flax.serialization.from_bytes(ag.to_grid(x, **arguments), flax.serialization.to_bytes(ag.to_grid(x)))
+
+    def test_into_another_shape(self):
+        blob = flax.serialization.to_bytes(ag.to_grid(jnp.ones((2, 2))))
+        with pytest.raises(ValueError, match=r"stored index is int8\(2, 2\) but that of the target int8\(3, 2\)"):
+            flax.serialization.from_bytes(ag.to_grid(jnp.ones((3, 2))), blob)
+
+
+class TestOptaxContract:
+    """Optax's conventions, for parameters that are integers."""
+
+    @pytest.mark.parametrize("x64", [False, True])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+    def test_state_and_updates_keep_the_dtypes_of_small_leaves_and_gradients(self, dtype, x64):
+        with jax.enable_x64(x64):
+            params, gradients = params_and_gradients()
+            params["b"]["bias"] = params["b"]["bias"].astype(jnp.float64 if x64 else dtype)
+            gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
+            tx = ag.on_grid(optax.scale(-0.1), momentum=np.float64(0.9))
+            state = tx.init(params)
+            updates, after = tx.update(gradients, state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+            chex.assert_trees_all_equal_shapes_and_dtypes(optax.apply_updates(params, updates), params)
+
+    def test_state_and_updates_keep_their_description(self, tx):
+        params, gradients = params_and_gradients()
+        state = tx.init(params)
+        updates, after = tx.update(gradients, state, params)
+        chex.assert_trees_all_equal_structs(after, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        shapes = jax.eval_shape(tx.init, jax.eval_shape(lambda: params))
+        chex.assert_trees_all_equal_shapes_and_dtypes(shapes, jax.eval_shape(lambda: state))
+
+    @pytest.mark.parametrize("momentum", [None, 0.9])
+    def test_traces_once_and_runs_in_scan(self, momentum):
+        tx = ag.on_grid(optax.scale(-0.3), momentum=momentum)
+        params, gradients = params_and_gradients()
+        chex.clear_trace_counter()
+
+        @jax.jit
+        @chex.assert_max_traces(n=1)
+        def step(params, state):
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        looped = (params, tx.init(params))
+        for _ in range(4):
+            looped = step(*looped)
+
+        def body(carry, _):
+            params, state = carry
+            updates, state = tx.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        scanned, _ = jax.jit(lambda c: jax.lax.scan(body, c, length=4))((params, tx.init(params)))
+        chex.assert_trees_all_equal(scanned[0]["a"].index, looped[0]["a"].index)
+        chex.assert_trees_all_close(scanned[0], looped[0], atol=1e-6)
+        assert not np.array_equal(scanned[0]["a"].index, params["a"].index)
+
+    def test_is_mapped_by_map_params(self, tx):
+        params, _ = params_and_gradients()
+        state = tx.init(params)
+        mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
+        chex.assert_trees_all_equal(mapped, state)
+
+    def test_inside_are_masks_clipping_accumulation_and_guards(self):
+        params, gradients = params_and_gradients()
+        for inner in (
+            optax.chain(optax.clip_by_global_norm(0.1), ADAM()),
+            optax.masked(ADAM(), lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
+            optax.MultiSteps(ADAM(), 2).gradient_transformation(),
+            optax.apply_if_finite(ADAM(), 3),
+            optax.inject_hyperparams(optax.adamw)(learning_rate=lambda count: 1e-2),
+            ag.manifold_adamw(1e-2, format="float8_e4m3fn"),
+        ):
+            tx = ag.on_grid(inner)
+            after, _ = run(tx, params, tx.init(params), gradients, 4)
+            assert not np.array_equal(after["a"].index, params["a"].index)
+        tx = ag.on_grid(optax.apply_if_finite(ADAM(), 3))
+        bad = jax.tree.map(lambda g: g * jnp.nan, gradients)
+        after, _ = run(tx, params, tx.init(params), bad, 1)
+        chex.assert_trees_all_equal(after, params)
+
+    def test_hands_the_scales_to_the_inner_transformation(self):
+        params, gradients = params_and_gradients()
+        seen = {}
+
+        def update(updates, state, params=None, *, grid_scale, value):
+            seen.update(scale=grid_scale, value=value)
+            return updates, state
+
+        tx = ag.on_grid(optax.GradientTransformationExtraArgs(lambda params: (), update))
+        tx.update(gradients, tx.init(params), params, value=3.0)
+        chex.assert_trees_all_equal(seen["scale"]["a"], params["a"].scale)
+        assert seen["scale"]["b"]["bias"] == 1.0
+        assert seen["value"] == 3.0
+
+    def test_is_tracked_in_real_steps_outside_and_in_intended_ones_inside(self):
+        params = ag.to_grid({"w": jnp.full((2, 4), 1.25), "b": jnp.ones(3)}, fraction_bits=1, scale=2.0**-7)
+        gradients = {"w": jnp.full((2, 4), 0.3 * 2.0**-3), "b": jnp.full(3, 2.0**-23)}
+        outside = optax.chain(ag.on_grid(optax.scale(1.0), rounding="nearest"), ag.track_ulp_position())
+        inside = ag.on_grid(optax.chain(optax.scale(1.0), ag.track_ulp_position("float8_e4m3fn")), rounding="nearest")
+        for tx, wanted in ((outside, 0.5), (inside, 0.3)):
+            _, state = tx.update(gradients, tx.init(params), params)
+            positions = optax.tree.get(state, "ulp_position")
+            np.testing.assert_allclose(positions["w"], np.full((2, 4), wanted), rtol=1e-6)
+        assert positions["b"].shape == (3,)
+        with pytest.raises(ValueError, match="belongs inside of on_grid"):
+            ag.stiffness_precondition().init(params)
+
+
+class TestFlax:
+    """The training loops of Flax, unchanged."""
+
+    def test_linen_train_state(self):
+        params, gradients = params_and_gradients()
+        state = TrainState.create(apply_fn=None, params=params, tx=ag.on_grid(ADAM()))
+        state = jax.jit(lambda state: state.apply_gradients(grads=gradients))(state)
+        assert isinstance(state.params["a"], ag.GridArray)
+        assert not np.array_equal(state.params["a"].index, params["a"].index)
+
+    def test_nnx_state(self):
+        model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(model, nnx.Param)
+        params = ag.to_grid(state)
+        tx = ag.on_grid(ADAM())
+
+        def loss(floats):
+            return jnp.mean(nnx.merge(graphdef, floats)(jnp.ones((4, 16))) ** 2)
+
+        opt_state, losses = tx.init(params), []
+        for _ in range(10):
+            value, gradients = jax.value_and_grad(loss)(ag.from_grid(params))
+            updates, opt_state = tx.update(gradients, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(value))
+        assert losses[-1] < losses[0]
+
+
+class TestBadInput:
+    """What was expected, what came, what to do."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"rounding": "up"}, "rounding must be 'stochastic' or 'nearest', got 'up'"),
+            (
+                {"rounding": "nearest", "momentum": 0.9},
+                "got rounding='nearest': store the weights with fraction_bits=8",
+            ),
+            ({"momentum": 0.0}, r"momentum must be in \(0, 1\), got 0.0"),
+            ({"seed": -1}, r"seed must be in \[0, 4294967295\], got -1"),
+            ({"seed": 0.5}, "seed must be an integer, got 0.5"),
+        ],
+    )
+    def test_of_on_grid(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            ag.on_grid(optax.sgd(1.0), **arguments)
+
+    def test_of_update(self):
+        params, gradients = params_and_gradients()
+        tx = ag.on_grid(optax.sgd(1.0))
+        state = tx.init(params)
+        with pytest.raises(ValueError, match="on_grid cannot store the steps of a line search, got value_fn"):
+            tx.update(gradients, state, params, value_fn=lambda params: 0.0)
+        with pytest.raises(ValueError, match="knows the scales of its parameters, got grid_scale: leave it out"):
+            tx.update(gradients, state, params, grid_scale=1.0)
+        with pytest.raises(ValueError, match="on_grid needs the parameters"):
+            tx.update(gradients, state)
+        with pytest.raises(
+            ValueError, match=r"no parameter that is stored on a grid: make some with to_grid\(params\)"
+        ):
+            tx.update(gradients, state, ag.from_grid(params))
+        with pytest.raises(ValueError, match=r"gradients with respect to from_grid\(params\), got GridArrays"):
+            tx.update(params, state, params)
+        with pytest.raises(ValueError, match=r"shapes of the params, got \(1,\) for \(8, 16\) at params\['a'\]"):
+            tx.update(gradients | {"a": jnp.ones(1)}, state, params)
