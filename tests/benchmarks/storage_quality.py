@@ -5,11 +5,11 @@
     python tests/benchmarks/storage_quality.py --report   # the tables of what is there
 
 An arm is a way to store the weights (float32, float32 master weights that the forward pass rounds to the grid, int8
-without a master copy, int16 with 8 fraction bits), their format, and the moments of AdamW. On every task each arm takes
-its own best learning rate of a grid shared by all arms, chosen with two seeds; then fresh seeds, which give initial
-weights, data and random bits, compare arms in pairs. The matrices are stored, embeddings included; biases and norms
-are float32. Every run is a line of the output, and a restart skips those that are there. Needs
-`pip install -e ".[benchmarks]"`.
+without a master copy, int16 with 8 fraction bits), their format, and the moments of AdamW. The momentum of the arms
+with feedback has one byte, whatever the second moment has. On every task each arm takes its own best learning rate of a
+grid shared by all arms, chosen with two seeds; then fresh seeds, which give initial weights, data and random bits,
+compare arms in pairs. The matrices are stored, embeddings included; biases and norms are float32. Every run is a line
+of the output, and a restart skips those that are there. Needs `pip install -e ".[benchmarks]"`.
 """
 
 import argparse
@@ -61,7 +61,7 @@ VARIANTS = {
 class Arm:
     """A way to store the weights and the moments."""
 
-    # adamw, laprop, rmsprop, master, nearest, stochastic, feedback, feedback_nearest, feedback_hidden or fraction8
+    # adamw, laprop, laprop_plain, rmsprop, master, nearest, stochastic, feedback, feedback_hidden or fraction8
     storage: str
     moments: str  # float32 or 8bit
     format: str | None = None  # Without the "float8_"; None for float32 weights.
@@ -109,21 +109,22 @@ class Arm:
         return ag.from_grid(stored if self.on_grid or self.format is None else to_grid(stored, self.format))
 
     def optimizer(self, learning_rate: Callable, b2: jax.Array, seed: jax.Array) -> optax.GradientTransformation:
-        rounding = "nearest" if self.storage.endswith("nearest") else "stochastic"
-        if self.feedback or self.storage in ("laprop", "rmsprop"):
+        if self.feedback or self.storage in ("laprop", "laprop_plain", "rmsprop"):
             # AdamW in LaProp order, as the momentum that carries the rounding error is behind the normalisation.
             inner = optax.chain(
                 optax.scale_by_rms(b2, EPS, eps_in_sqrt=False, bias_correction=True),
                 optax.add_decayed_weights(WEIGHT_DECAY),
                 optax.scale_by_learning_rate(learning_rate),
             )
+            if self.storage == "rmsprop":
+                return inner
             if not self.feedback:
-                return optax.chain(inner, optax.ema(B1)) if self.storage == "laprop" else inner
-            tx = ag.on_grid(inner, rounding=rounding, feedback="momentum", momentum=B1, seed=seed)
+                return optax.chain(inner, optax.ema(B1, debias=self.storage == "laprop"))
+            tx = ag.on_grid(inner, momentum=B1, seed=seed)
         else:
             tx = optax.adamw(learning_rate, B1, b2, EPS, weight_decay=WEIGHT_DECAY)
             if self.on_grid:
-                tx = ag.on_grid(tx, rounding=rounding, seed=seed)
+                tx = ag.on_grid(tx, rounding="nearest" if self.storage == "nearest" else "stochastic", seed=seed)
         return ag.compress_state(tx, seed=seed, min_size=MIN_SIZE) if self.moments == "8bit" else tx
 
 
@@ -136,7 +137,9 @@ def to_grid(params: optax.Params, format: str, scale: str = "row", fraction_bits
     stored = ag.to_grid(params, format, fraction_bits=fraction_bits, scale=scales)
     if scale == "tensor":
         # to_grid repeats a scale for every row, and on_grid would grow each of them by itself.
-        one = lambda q: dataclasses.replace(q, scale=q.scale[(slice(1),) * q.ndim]) if stored_on_grid(q) else q  # noqa: E731
+        def one(q):
+            return dataclasses.replace(q, exponent=q.exponent[(slice(1),) * q.ndim]) if stored_on_grid(q) else q
+
         stored = jax.tree.map(one, stored, is_leaf=stored_on_grid)
     return stored
 
@@ -145,23 +148,24 @@ def stored_on_grid(leaf: Any) -> bool:
     return isinstance(leaf, ag.GridArray)
 
 
-ADAMW, LAPROP, RMSPROP = (Arm(storage, "float32", scale=None) for storage in ("adamw", "laprop", "rmsprop"))
+ADAMW, LAPROP, LAPROP_PLAIN, RMSPROP = (
+    Arm(storage, "float32", scale=None) for storage in ("adamw", "laprop", "laprop_plain", "rmsprop")
+)
 ARMS = sorted(
-    # laprop and rmsprop tell what of feedback, stochastic and nearest, is its AdamW, and what the storage.
-    [ADAMW, Arm("adamw", "8bit", scale=None), LAPROP, RMSPROP]
+    # laprop_plain is feedback with float32 weights, laprop the same with a bias correction, rmsprop without a momentum.
+    [ADAMW, Arm("adamw", "8bit", scale=None), LAPROP, LAPROP_PLAIN, RMSPROP]
     + [
         Arm(storage, moments, format)
         for format in FORMATS
-        for storage in ("feedback", "feedback_nearest", "fraction8", "master", "stochastic", "nearest")
+        for storage in ("feedback", "fraction8", "master", "stochastic", "nearest")
         for moments in ("8bit", "float32")
-        if (storage, moments) != ("feedback_nearest", "float32")
     ],
     key=lambda arm: (not arm.robustness, not arm.headline),  # What an interrupted run should have.
 )
 # Of language models alone: other ways of feedback, and master weights whose optimizer has the order that feedback has.
 LANGUAGE_ARMS = (
     [Arm("feedback", "float32", "e4m3fn", scale) for scale in ("tensor", "column")]
-    + [Arm(f"feedback_{variant}", "8bit", "e4m3fn") for variant in ("hidden",)]
+    + [Arm("feedback_hidden", "8bit", "e4m3fn")]
     + [Arm("laprop", "float32", format) for format in FORMATS]
 )
 
@@ -517,7 +521,7 @@ def study(task: Task, arm: Arm, most_seeds: int, known: dict[str, dict], emit: C
         return np.mean([loss("select", task.learning_rate * 2.0**exponent, seed) for seed in SELECTION_SEEDS])
 
     best = task.learning_rate * 2.0 ** lowest(mean_loss)
-    for seed in range(min(most_seeds, HEADLINE_SEEDS if arm.headline else ORDINARY_SEEDS)):
+    for seed in range(most_seeds if arm.headline else min(most_seeds, ORDINARY_SEEDS)):
         loss("evaluate", best, seed)
     if task.language_model and arm.robustness:
         for role, (factor, b2, end) in VARIANTS.items():
@@ -558,7 +562,7 @@ def lowest(f: Callable[[int], float], limit: int = 8) -> int:
 
 def expected_runs(task: Task, arm: Arm, most_seeds: int) -> int:
     """With one extension of the first three learning rates."""
-    runs = 4 * len(SELECTION_SEEDS) + min(most_seeds, HEADLINE_SEEDS if arm.headline else ORDINARY_SEEDS)
+    runs = 4 * len(SELECTION_SEEDS) + (most_seeds if arm.headline else min(most_seeds, ORDINARY_SEEDS))
     return runs + (task.language_model and arm.robustness) * len(VARIANTS) * min(most_seeds, ROBUSTNESS_SEEDS)
 
 
@@ -670,27 +674,26 @@ def report(runs: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-GAPS = ["gap to adamw", "gap to laprop", "gap to rmsprop", "gap to master"]
+GAPS = ["gap to adamw", "gap to laprop", "gap to laprop_plain", "gap to master"]
 EVALUATION = ["learning rate", "loss", *GAPS, "seeds", "stalled", "bytes per weight"]
 
 
 def evaluation(arm: Arm, own: Callable[[Arm], dict[int, dict]]) -> list[str]:
-    """The cells of an arm. The gaps are to float32 AdamW, for feedback also in LaProp order, or without a momentum if
-    it rounds to nearest, and to float32 master weights of its format with float32 moments (for stochastic feedback in
-    that order, on language models).
+    """The cells of an arm. The gaps are to float32 AdamW, for feedback also in LaProp order, with and without a bias
+    correction, and to float32 master weights of its format with float32 moments (for feedback in that order, on
+    language models).
     """
     runs = own(arm)
     one, stalls = next(iter(runs.values())), [run["stall"] for run in runs.values() if run["stall"] is not None]
     master, laprop = (Arm(storage, "float32", arm.format) for storage in ("master", "laprop"))
-    nearest = arm.storage == "feedback_nearest"
-    master = laprop if arm.feedback and not nearest and own(laprop) else master
-    in_order = (arm.feedback and not nearest) or arm.storage == "laprop"
+    master = laprop if arm.feedback and own(laprop) else master
+    in_order = arm.feedback or arm.storage.startswith("laprop")
     return [
         f"{one['learning_rate']:.4g}",
         loss(runs),
         gap(runs, own(ADAMW)) if arm != ADAMW else "",
         gap(runs, own(LAPROP)) if in_order and arm != LAPROP else "",
-        gap(runs, own(RMSPROP)) if nearest else "",
+        gap(runs, own(LAPROP_PLAIN)) if arm.feedback else "",
         gap(runs, own(master)) if arm != master else "",
         str(len(runs)),
         f"{np.mean(stalls):.1%}" if stalls else "",
@@ -738,15 +741,19 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help=f"default: {RESULTS.parent.name}/{RESULTS.name} next to this")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", default=["*"], help='patterns of names, such as "feedback-e4m3fn-*"')
+    parser.add_argument("--seeds", type=int, default=HEADLINE_SEEDS, help="of headline arms; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes of one core each; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="three arms of two tiny tasks, two seeds")
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds must be positive, got {args.seeds}")
     jax.config.update("jax_platforms", "cpu")
-    tasks, patterns, most_seeds, out = [TASKS[name] for name in args.tasks], args.arms, HEADLINE_SEEDS, RESULTS
+    tasks, patterns, most_seeds, out = [TASKS[name] for name in args.tasks], args.arms, args.seeds, RESULTS
     if args.quick:
         tasks = [dataclasses.replace(TASKS[name], steps=100) for name in ("digits_mlp", "quadratic")]
-        patterns, most_seeds = ["adamw-float32", "master-e4m3fn-float32-row", "feedback-e4m3fn-8bit-row"], 2
+        patterns = ["adamw-float32", "master-e4m3fn-float32-row", "feedback-e4m3fn-8bit-row"]
+        most_seeds = min(most_seeds, 2)
         out = pathlib.Path(tempfile.mkdtemp()) / RESULTS.name
     out = args.out or out
     if not args.report:
