@@ -147,16 +147,10 @@ def flatten_stored(tree: Any) -> tuple[list[tuple], list[Any], Any]:
     return [path for path, _ in with_path], [leaf for _, leaf in with_path], structure
 
 
-def map_stored(f: Callable, tree: Any, *rest: Any, outputs: int | None = None) -> Any:
-    """`jax.tree.map` of a tree whose GridArrays are leaves, over others that have its structure at least.
-
-    With `outputs` the function returns so many results, and this so many trees.
-    """
+def map_stored(f: Callable, tree: Any, *rest: Any) -> Any:
+    """`jax.tree.map` of a tree whose GridArrays are leaves, over others that have its structure at least."""
     _, leaves, structure = flatten_stored(tree)
-    results = list(map(f, leaves, *map(structure.flatten_up_to, rest)))
-    if outputs is None:
-        return structure.unflatten(results)
-    return tuple(structure.unflatten([result[i] for result in results]) for i in range(outputs))
+    return structure.unflatten(map(f, leaves, *map(structure.flatten_up_to, rest)))
 
 
 def to_grid(
