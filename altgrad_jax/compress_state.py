@@ -133,14 +133,14 @@ def _stored(x, like, exponent, key, step):
     """A moment as a GridArray, and its exponents of the next step."""
     format, unset = like.format, exponent == UNSET
     exponent = jnp.where(unset, exponent_range(format)[0], exponent).astype(jnp.int8)
+    x = as_real(x).astype(jnp.float32)
     # An infinite moment saturates like any large one: of a finite gradient whose square is beyond float32.
-    x = jnp.clip(as_real(x).astype(jnp.float32), -_LARGEST, _LARGEST)
-    magnitude = jnp.where(jnp.isnan(x), 0, scaled_magnitude(x, exponent))
+    scaled = jnp.clip(x * power_of_two(-exponent.astype(jnp.int32), jnp.float32), -_LARGEST, _LARGEST)
+    magnitude = jnp.where(jnp.isnan(x), 0, scaled_magnitude(scaled, 0))
     if not format.signed:
         # A nonzero second moment that becomes 0 would make its element move by any distance.
-        least = power_of_two(exponent.astype(jnp.int32) + (format.minexp - format.mantissa_bits), jnp.float32)
-        x = jnp.where(x > 0, jnp.maximum(x, least), x)
-    index = encode(x, exponent, format, random_words(key, x.shape))
+        scaled = jnp.where(x > 0, jnp.maximum(scaled, format.smallest_subnormal), scaled)
+    index = encode(scaled, 0, format, random_words(key, x.shape))
     (index,), level = with_level([(index, index_dtype(format))], magnitude, exponent.shape, format)
     following = followed(exponent, level, moment_rule(format), format, step)
     moment = dataclasses.replace(like, index=index, exponent=exponent)

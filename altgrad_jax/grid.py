@@ -166,14 +166,10 @@ def _nextafter(x: jax.Array, toward: jax.Array, format: FloatFormat) -> jax.Arra
 @compiled
 def ulp(x: jax.Array, format: FloatFormat) -> jax.Array:
     """`spacing`, for float32 or float64 x."""
-    spacing = spacing_of_number(x, format, jnp.int32(0))
+    lowest, top = (x.dtype.type(2.0**exponent) for exponent in (format.minexp, format.maxexp - 1))
+    # In this order: the binade of a uniform format lies above its largest number.
+    spacing = jnp.maximum(jnp.minimum(leading(x), top), lowest) * x.dtype.type(format.eps)
     return jnp.where(jnp.isnan(x), x, jnp.maximum(spacing, jnp.finfo(x.dtype).tiny))
-
-
-def spacing_of_number(x: jax.Array, format: FloatFormat, exponent: jax.Array) -> jax.Array:
-    """The spacing at x of a format that is multiplied by 2**exponent; 0 where it is no normal number."""
-    lowest, top = (power_of_two(jnp.clip(exponent + e, -126, 127), x.dtype) for e in (format.minexp, format.maxexp - 1))
-    return jnp.maximum(jnp.minimum(leading(x), top), lowest) * x.dtype.type(format.eps)
 
 
 @compiled

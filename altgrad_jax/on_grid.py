@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from altgrad_jax._checks import check_number
-from altgrad_jax._floats import as_real
+from altgrad_jax._floats import as_real, power_of_two
 from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, scaled_magnitude
 from altgrad_jax.formats import FloatFormat
-from altgrad_jax.grid import spacing_of_number
+from altgrad_jax.grid import ulp
 from altgrad_jax.grid_array import (
     GridArray,
     checked_values,
@@ -114,7 +114,9 @@ def on_grid(
             trees = [structure.unflatten(column) for column in zip(*results, strict=True)]
             return trees[0], OnGridState(state.grid_step + 1, trees[1], (), inner_state)
         carried = structure.flatten_up_to(state.momentum)
-        results = [_with_momentum(momentum, *a) for a in zip(leaves, *rest, keys, carried, strict=True)]
+        b, t = jnp.asarray(momentum, jnp.float32), state.grid_step.astype(jnp.float32)
+        rates = b * (1 - b**t) / (1 - b ** (t + 1)), 1 / b - 1
+        results = [_with_momentum(*rates, *a) for a in zip(leaves, *rest, keys, carried, strict=True)]
         trees = [structure.unflatten(column) for column in zip(*results, strict=True)]
         return trees[0], OnGridState(state.grid_step + 1, trees[1], trees[2], inner_state)
 
@@ -138,14 +140,16 @@ def moved(
     carried: jax.Array,
     ulp: jax.Array,
     rounded: Callable[[jax.Array], jax.Array],
-    b: jax.typing.ArrayLike,
+    b: jax.Array,
+    gain: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One step of a stored leaf with a momentum that carries the error of the rounding.
 
-        M <- b M + (1 - b) u;  target = w + M;  w' = round(target);  M <- M + (1 / b - 1) (target - w')
+        M <- b_t M + (1 - b_t) u;  target = w + M;  w' = round(target);  M <- M + (1 / b - 1) (target - w')
 
-    Then `w + b M / (1 - b)` gains exactly u, however w is rounded: the second term is what an element still owes. An
-    element whose u is 0 and which owes at most half of its step rests: weight and momentum stay.
+    with `b_t = b (1 - b**(t - 1)) / (1 - b**t)`, under which M is an average without a bias. As soon as b_t is b,
+    `w + b M / (1 - b)` gains exactly u, however w is rounded: the second term is what an element still owes. An element
+    whose u is 0 and which owes at most half of its step rests: weight and momentum stay.
 
     Args:
         before: Weights, float32, shape `[...]`.
@@ -153,50 +157,47 @@ def moved(
         carried: The momentum M, float32, `[...]`.
         ulp: Steps of the grid at the weights, float32, `[...]`.
         rounded: Function of targets to what is stored of them.
-        b: Decay rate of the momentum.
+        b: Decay rate of the momentum at this step, b_t, [].
+        gain: 1 / b - 1, [].
 
     Returns:
         Targets, the momentum before the error is added, and after it.
     """
-    b = jnp.asarray(b, carried.dtype)
-    rests = (update == 0) & (jnp.abs(carried) <= ulp * ((1 - b) / (2 * b)))
+    rests = (update == 0) & (jnp.abs(carried) <= ulp * (gain / 2))
     move = b * carried + (1 - b) * update
     # What rests is all error, so that its momentum stays b M + (1 / b - 1) b M = M.
     target = before + jnp.where(rests, 0, move)
     # Of the movement, as the sum has lost what is below its own float32 ULP.
     error = move - (rounded(target) - before)
-    return target, move, move + (1 / b - 1) * error
+    return target, move, move + gain * error
 
 
-def _with_momentum(b, param, u, exponent, key, carried):
+def _with_momentum(b, gain, param, u, exponent, key, carried):
     """Update, next exponent and momentum of a leaf."""
     if not is_grid_array(param):
         carried = (b * carried + (1 - b) * u.astype(carried.dtype)).astype(carried.dtype)
         return carried.astype(u.dtype), None, carried
-    return _stored_with_momentum(
-        jnp.asarray(b, jnp.float32), param, u, exponent, key, rejoined(carried, _initial(param, u))
-    )
+    return _stored_with_momentum(b, gain, param, u, exponent, key, rejoined(carried, _initial(param, u)))
 
 
 @jax.jit
-def _stored_with_momentum(b, param, u, exponent, key, carried):
-    grid, word = param.grid, random_words(key, param.shape)
-    before, stored = param.value(jnp.float32, full=True), is_grid_array(carried)
-    u, m = as_real(u).astype(jnp.float32), carried.value(jnp.float32) if stored else carried
+def _stored_with_momentum(b, gain, param, u, exponent, key, carried):
+    before, u = _in_units(param, u, exponent)
+    word, stored = random_words(key, param.shape), is_grid_array(carried)
+    m = _momentum_in_units(carried, exponent) if stored else carried
     index = jnp.zeros(param.shape, jnp.int32)
 
     def rounded(target):
         nonlocal index
-        index = encode(target, exponent, grid, word)
-        return decode(index, exponent, grid)
+        index = encode(target, 0, param.grid, word)
+        return decode(index, 0, param.grid)
 
-    ulp = spacing_of_number(before, grid, param.exponent.astype(jnp.int32))
-    target, early, m = moved(before, u, m, ulp, rounded, b)
-    reach = jnp.maximum(scaled_magnitude(target, exponent), scaled_magnitude(early * 2.0**_BELOW, exponent))
+    target, early, m = moved(before, u, m, ulp(before, param.grid), rounded, b, gain)
+    reach = jnp.maximum(scaled_magnitude(target, 0), scaled_magnitude(early * 2.0**_BELOW, 0))
     reach = jnp.where(jnp.isfinite(target), reach, 0)
     indices = [(index, param.index.dtype)]
     if stored:
-        indices += [(encode(m, exponent, carried.format, second_word(word)), carried.index.dtype)]
+        indices += [(encode(m, 0, carried.format, second_word(word)), carried.index.dtype)]
     (index, *kept), level = with_level(indices, reach, exponent.shape, param.format)
     m = dataclasses.replace(carried, index=kept[0], exponent=exponent) if stored else m
     return *_update(param, index, exponent, level), m
@@ -209,16 +210,35 @@ def _without_momentum(param, u, exponent, key):
 
 @jax.jit
 def _stored_without_momentum(param, u, exponent, key):
-    before = param.value(jnp.float32, full=True)
+    before, u = _in_units(param, u, exponent)
     word = None if key is None else random_words(key, param.shape)
-    index = encode(before + as_real(u).astype(jnp.float32), exponent, param.grid, word)
+    index = encode(before + u, 0, param.grid, word)
     # Of what is stored, not of what is about to be: on a TPU a maximum of the latter beside float32 moments takes a
     # second kernel, 31 bytes per weight instead of 22. A row that saturates grows by two binades per step.
     saturated = jnp.abs(param.index.astype(jnp.int32)) == param.grid.max_index
-    reach = scaled_magnitude(before, exponent) + jnp.where(saturated, 2 << 23, 0)
+    reach = scaled_magnitude(before, 0) + jnp.where(saturated, 2 << 23, 0)
     reach = jnp.where(jnp.isfinite(before), reach, 0)
     (index,), level = with_level([(index, param.index.dtype)], reach, exponent.shape, param.format)
     return _update(param, index, exponent, level)
+
+
+def _in_units(param: GridArray, u: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights and updates in units of the scales of this step, float32.
+
+    In these a step has constants alone: a TPU kernel takes few operands, and every scale of a row is one.
+    """
+    unit = power_of_two(-exponent.astype(jnp.int32), jnp.float32)
+    u = as_real(u).astype(jnp.float32)
+    # So far beyond the largest number any movement saturates, and sums of such stay finite.
+    far = min(2.0**32 * param.format.max, float(jnp.finfo(jnp.float32).max))
+    inside = jnp.where(jnp.isfinite(u), jnp.clip(u * unit, -far, far), jnp.nan)
+    return param.value(jnp.float32, full=True) * unit, inside
+
+
+def _momentum_in_units(carried: GridArray, exponent: jax.Array) -> jax.Array:
+    """A momentum in the same units; bounded where the two have nothing to do with each other."""
+    change = jnp.clip(carried.exponent.astype(jnp.int32) - exponent.astype(jnp.int32), -126, 90)
+    return decode(carried.index, 0, carried.format) * power_of_two(change, jnp.float32)
 
 
 def _update(param: GridArray, index: jax.Array, exponent: jax.Array, level: jax.Array) -> tuple[GridArray, jax.Array]:
