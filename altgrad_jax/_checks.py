@@ -9,12 +9,8 @@ import numpy as np
 
 
 def check_number(name: str, value: Any, interval: str, *, integer: bool = False) -> None:
-    """Raises unless a hyperparameter is a real number in an interval, written as in "[0, 1)".
-
-    Arrays of jax and tracers pass unseen, as their values may not be known yet (`optax.inject_hyperparams` makes
-    every number one of them).
-    """
-    if isinstance(value, jax.Array):
+    """Raises unless a hyperparameter is a real number in an interval, written as in "[0, 1)"."""
+    if isinstance(value, jax.Array):  # Maybe a tracer, as under optax.inject_hyperparams.
         return
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
@@ -29,12 +25,6 @@ def check_number(name: str, value: Any, interval: str, *, integer: bool = False)
         raise ValueError(f"{name} must be an integer, got {value}.")
 
 
-def check_bool(name: str, value: Any) -> None:
-    """Raises TypeError unless a switch is a Python bool: a traced one cannot choose what to compile."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
-
-
 def check_float_leaves(transformation: str, name: str, tree: Any) -> None:
     """Raises TypeError unless every leaf of params or updates is of a floating dtype that Optax computes in."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -47,10 +37,7 @@ def check_float_leaves(transformation: str, name: str, tree: Any) -> None:
 
 
 def check_same_tree(transformation: str, name: str, tree: Any, params: Any, *, broadcast: bool = False) -> None:
-    """Raises ValueError unless params are there, in the structure and the shapes of another tree.
-
-    With `broadcast` the leaves of that tree may also be of shapes that broadcast to those of the params.
-    """
+    """Raises ValueError without params, or unless a tree has their structure and shapes (or broadcasts to them)."""
     if params is None:
         raise ValueError(f"{transformation} needs the parameters: call update(updates, state, params).")
     if jax.tree.structure(params) != jax.tree.structure(tree):

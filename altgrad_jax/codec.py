@@ -108,11 +108,6 @@ def scaled_magnitude(x: jax.Array, exponent: jax.typing.ArrayLike) -> jax.Array:
     return lax.bitcast_convert_type(x * _power_of_two(-jnp.asarray(exponent, jnp.int32)), jnp.int32) & ~_SIGN
 
 
-def binade(magnitude: jax.Array) -> jax.Array:
-    """Exponent of the binade of a finite float32 number, from its bits without the sign."""
-    return (magnitude >> 23) - 127
-
-
 def narrowed(x: jax.Array) -> jax.Array:
     """Casts to float32; float64 so that the result rounds to fewer bits as x itself would, to odd."""
     if x.dtype != jnp.float64:

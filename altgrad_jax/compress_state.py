@@ -12,7 +12,7 @@ from jax import lax
 
 from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real, power_of_two
-from altgrad_jax.codec import binade, encode, exponent_range, index_dtype, scaled_magnitude
+from altgrad_jax.codec import encode, exponent_range, index_dtype, scaled_magnitude
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array
 from altgrad_jax.random_words import leaf_keys, random_words
@@ -49,14 +49,13 @@ def compress_state(
     a parameter, is floating and has `min_size` elements. Everything else stays as it is: the moments of small leaves,
     the GridArrays of `on_grid`, fields of other names (`m1` of `optax.contrib.ademamix`, `nu_max` of `optax.amsgrad`).
 
-    First moments have 3 mantissa bits, a sign and a range of 2**18 in each row (all but the last axis); second moments
-    3 mantissa bits, no sign and a range of 2**34. The exponent of a row follows its largest element, one step behind,
-    and by a bounded number of binades, so that no element takes its row with it; a row of zeros takes it from its first
-    gradient. A nonzero second moment never becomes 0, a negative one becomes NaN, and an infinite one saturates.
+    Moments have 3 mantissa bits; first ones a sign and a range of 2**18 in each row (all but the last axis), second
+    ones 2**34. The exponent of a row follows its largest element, one step behind, and by a bounded number of binades,
+    so that no element takes its row with it; a row of zeros takes it from its first gradient. A nonzero second moment
+    never becomes 0, a negative one becomes NaN, and an infinite one saturates.
 
     Not for transformations that subtract the square of a first moment from a second (`optax.rmsprop(centered=True)`),
-    nor for the largest of all second moments (`optax.amsgrad`), which grows with their scatter of a tenth to a fifth. A
-    field may hold what its name does not say: `nu` of `optax.sm3` is a first moment.
+    nor for the largest of all second moments (`optax.amsgrad`). `nu` of `optax.sm3` is a first moment.
 
     Args:
         inner: The transformation whose state is compressed.
@@ -72,7 +71,6 @@ def compress_state(
     Raises:
         ValueError: If an argument is out of bounds, a name is in `first` and `second`, or, in `init`, if a name that
             is no default, or all of them, are no field with a moment of the inner state.
-        TypeError: If `first` or `second` is not a sequence of names, or `min_size` is an array.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -92,18 +90,17 @@ def compress_state(
     check_number("min_size", min_size, "[0, inf)")
     inner = optax.with_extra_args_support(inner)
 
+    def leaf(moment, name):
+        if name and jnp.issubdtype(moment.dtype, jnp.floating) and moment.size >= min_size:
+            return _initial(moment, SECOND if name in second else FIRST)
+        return moment, None
+
     def init(params):
-        state = inner.init(params)
-        paths, leaves, structure = flatten_stored(state)
+        paths, leaves, structure = flatten_stored(inner.init(params))
         names = _moment_names(paths, leaves, params, (*first, *second))
         _check_found(names, paths, params, first, second)
-        for i, (moment, name) in enumerate(zip(leaves, names, strict=True)):
-            if name and jnp.issubdtype(moment.dtype, jnp.floating) and moment.size >= min_size:
-                leaves[i] = _initial(moment, SECOND if name in second else FIRST)
-            else:
-                names[i] = None
-        exponents = [_unset(leaf) if name else None for leaf, name in zip(leaves, names, strict=True)]
-        return CompressedState(jnp.uint32(0), structure.unflatten(exponents), structure.unflatten(leaves))
+        moments, exponents = zip(*map(leaf, leaves, names), strict=True) if leaves else ((), ())
+        return CompressedState(jnp.uint32(0), structure.unflatten(exponents), structure.unflatten(moments))
 
     def update(updates, state, params=None, **extra_args):
         structure = jax.tree.structure(state.inner_state, is_leaf=_is_moment)
@@ -165,26 +162,20 @@ def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) 
     shared = [axis for axis in range(magnitude.ndim) if exponent.shape[axis] == 1]
     magnitude = jnp.where(magnitude >= _INFINITY, 0, magnitude)
     largest = jnp.max(magnitude, axis=shared, keepdims=True, initial=0)
-    bound = largest if moment.format.signed else jnp.clip(2 * binade(largest) + 129, 1, 254) << 23
+    bound = largest if moment.format.signed else jnp.clip(2 * (largest >> 23) - 125, 1, 254) << 23
     fit = fitted(bound, moment_rule(moment.format), moment.format).astype(jnp.int8)
     return jnp.where((exponent == UNSET) & (largest >= 2**23), fit, exponent)
 
 
-def _initial(moment: jax.Array, format: FloatFormat) -> GridArray:
-    """The moment that an inner transformation starts with, mostly zeros, to nearest."""
+def _initial(moment: jax.Array, format: FloatFormat) -> tuple[GridArray, jax.Array]:
+    """The moment that an inner transformation starts with, mostly zeros, to nearest; `UNSET` for rows of zeros."""
     x = as_real(moment).astype(jnp.float32)
     magnitude = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     rows = jnp.max(magnitude, axis=-1 if x.ndim else (), keepdims=True, initial=0)
     exponent = fitted(rows, moment_rule(format), format).astype(jnp.int8)
     index = encode(x, exponent, format).astype(index_dtype(format))
-    return GridArray(index, exponent, format, dtype=np.dtype(moment.dtype))
-
-
-def _unset(moment: GridArray) -> jax.Array:
-    """The exponents of a moment, and `UNSET` for rows of zeros."""
-    shared = [axis for axis in range(moment.ndim) if moment.exponent.shape[axis] == 1]
-    zeros = jnp.all(moment.index == 0, axis=shared, keepdims=True)
-    return jnp.where(zeros, UNSET, moment.exponent).astype(jnp.int8)
+    stored = GridArray(index, exponent, format, dtype=np.dtype(moment.dtype))
+    return stored, jnp.where(rows == 0, UNSET, exponent).astype(jnp.int8)
 
 
 def _moment_names(paths: list, leaves: list, params: Any, known: tuple[str, ...]) -> list[str | None]:

@@ -1,18 +1,19 @@
-"""Pure measurements of weights, gradients and movements on a grid: arrays or trees of them in, scalars out.
+"""Pure measurements of weights, gradients, moments and movements on a grid: arrays or trees in, scalars out.
 
 Trees are measured as one: a share is a share of all their elements. GridArrays count as the numbers that they stand
-for, fraction bits included. All of it can be jitted, with the format static.
+for, fraction bits included, and have a format of their own; `format` is anything that `as_format` accepts, the grid of
+arrays, and their own dtype by default; `scale` is in real units per unit of it. All of it can be jitted, with the
+format static.
 
-What they can tell, and what not: `stall_rate` says how many weights did not move at a step, which is most of them under
-any unbiased rounding, so it does not rank methods; `effective_descent_quality` over a window does, as long as the
-intended movement contains no error that was carried from step to step. Ranks, capacity and alignment describe weights,
-not their quality.
+`stall_rate` does not rank methods, because most weights stand still at a step under any unbiased rounding.
+`effective_descent_quality` over a window does. Ranks, capacity and alignment describe weights, not their quality.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real
@@ -36,7 +37,7 @@ class UlpDistance(NamedTuple):
 class GridAlignment(NamedTuple):
     """Distances to the nearest number of a grid, float32, []."""
 
-    mean_ulps: jax.Array  # At most 0.5 but for what saturates.
+    mean_ulps: jax.Array  # At most 0.5, except where elements saturate.
     max_ulps: jax.Array
     on_grid_share: jax.Array
 
@@ -65,15 +66,15 @@ class Freeze(NamedTuple):
 
 
 def stall_rate(update: Any, before: Any, after: Any) -> jax.Array:
-    """Share of weights that stay where they are among those that were to move.
+    """Share of elements that stay where they are among those that were to move: 1 - `flip_rate`.
 
     Args:
         update: The movement that was intended, a tree of real arrays: what the optimizer made before rounding.
-        before: The stored weights, a tree of arrays or GridArrays.
-        after: The stored weights after the step.
+        before, after: Weights, or a state of moments, before and after the step: trees of arrays or GridArrays.
+            Integer leaves, such as counters, are left out.
 
     Returns:
-        A float32 scalar in [0, 1]; NaN if no update is nonzero. With `flip_rate` it adds up to 1.
+        float32 in [0, 1], []; NaN if no update is nonzero.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -85,7 +86,7 @@ def stall_rate(update: Any, before: Any, after: Any) -> jax.Array:
 
 
 def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
-    """Share of weights that became another number among those that were to move; arguments as in `stall_rate`.
+    """Share of elements that became another number among those that were to move; arguments as in `stall_rate`.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -97,22 +98,12 @@ def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
 
 
 def ulp_distance(before: Any, after: Any, format: FormatLike | None = None) -> UlpDistance:
-    """Statistics of |after - before| / spacing(before).
-
-    Args:
-        before: A tree of arrays or GridArrays.
-        after: The same, later.
-        format: The grid whose ULPs are meant, for arrays. Default: that of their dtype; GridArrays have their own,
-            scaled, without fraction bits.
-
-    Returns:
-        Five float32 scalars.
+    """Statistics of |after - before| / spacing(before), of trees of arrays or GridArrays, without fraction bits.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
-        >>> moved = ag.diagnostics.ulp_distance(jnp.array([1.0, -4.0]), jnp.array([1.5, -4.0]), "float8_e4m3fn")
-        >>> float(moved.max), float(moved.mean), float(moved.zero_share)
-        (4.0, 2.0, 0.5)
+        >>> ag.diagnostics.ulp_distance(jnp.array([1.0, -4.0]), jnp.array([1.5, -4.0]), "float8_e4m3fn").mean
+        Array(2., dtype=float32)
     """
 
     def leaf(x, y):
@@ -124,19 +115,13 @@ def ulp_distance(before: Any, after: Any, format: FormatLike | None = None) -> U
     return UlpDistance(jnp.mean(ulps), median, p99, jnp.max(ulps), jnp.mean(ulps == 0))
 
 
-def grid_alignment(x: Any, format: FormatLike, scale: jax.typing.ArrayLike = 1.0) -> GridAlignment:
-    """Distances of real numbers to the nearest number of a format, in its ULPs.
-
-    Args:
-        x: A tree of real arrays.
-        format: Anything that `as_format` accepts.
-        scale: Real units per unit of the format, a number for all of the tree.
+def grid_alignment(x: Any, format: FormatLike, scale: ArrayLike = 1.0) -> GridAlignment:
+    """Distances of real numbers, a tree of arrays, to the nearest number of a scaled format, in its ULPs.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
-        >>> aligned = ag.diagnostics.grid_alignment(jnp.array([1.0, 1.03125]), "float8_e4m3fn")
-        >>> float(aligned.max_ulps), float(aligned.on_grid_share)
-        (0.25, 0.5)
+        >>> ag.diagnostics.grid_alignment(jnp.array([1.0, 1.03125]), "float8_e4m3fn").on_grid_share
+        Array(0.5, dtype=float32)
     """
     format = as_format(format)
 
@@ -151,18 +136,11 @@ def grid_alignment(x: Any, format: FormatLike, scale: jax.typing.ArrayLike = 1.0
 def gradient_stiffness(gradients: Any, params: Any, format: FormatLike | None = None) -> GradientStiffness:
     """Correlation, ratio and order of gradients and the spacing of the grid at their weights, weights at 0 left out.
 
-    Args:
-        gradients: A tree of real arrays.
-        params: A tree of arrays or GridArrays of the same shapes.
-        format: The grid, for arrays. Default: that of their dtype.
-
-    Returns:
-        Three float32 scalars; the correlation is NaN where either does not vary.
+    The correlation is NaN where either does not vary.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
-        >>> w, g = jnp.array([1.0, 2.0, 4.0]), jnp.array([0.1, 0.2, -0.4])
-        >>> ag.diagnostics.gradient_stiffness(g, w, "float8_e4m3fn").ratio
+        >>> ag.diagnostics.gradient_stiffness(jnp.array([0.1, -0.4]), jnp.array([1.0, 4.0]), "float8_e4m3fn").ratio
         Array(0.8, dtype=float32)
     """
     stiffness = _joined(lambda w: scaled_ulp(_real(w), *_grid(w, format)), params)
@@ -175,8 +153,8 @@ def gradient_stiffness(gradients: Any, params: Any, format: FormatLike | None = 
     )
 
 
-def saturation_share(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
-    """Share of elements at the largest number of a scaled format, or beyond; GridArrays have their own.
+def saturation_share(x: Any, format: FormatLike | None = None, scale: ArrayLike = 1.0) -> jax.Array:
+    """Share of elements at the largest number of a scaled format, or beyond; integer leaves of a state are left out.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -188,10 +166,10 @@ def saturation_share(x: Any, format: FormatLike | None = None, scale: jax.typing
         grid, own = _grid(x, format, scale)
         return jnp.abs(_real(x)) >= grid.max * own
 
-    return jnp.mean(_joined(leaf, x))
+    return jnp.mean(_joined(leaf, _real_leaves(x)))
 
 
-def subnormal_share(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
+def subnormal_share(x: Any, format: FormatLike | None = None, scale: ArrayLike = 1.0) -> jax.Array:
     """Share of elements, zero aside, below the smallest normal number; all of them in a uniform format.
 
     Example:
@@ -208,19 +186,15 @@ def subnormal_share(x: Any, format: FormatLike | None = None, scale: jax.typing.
     return jnp.mean(_joined(leaf, x))
 
 
-def capacity(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLike = 1.0) -> Capacity:
-    """How many numbers of a format a tree uses, and the entropy of their distribution.
+def capacity(x: Any, format: FormatLike | None = None, scale: ArrayLike = 1.0) -> Capacity:
+    """How many numbers of one format a tree uses, and the entropy of their distribution.
 
-    Args:
-        x: A tree of arrays, rounded to nearest, or of GridArrays of one format, whose fraction bits are ignored.
-        format: Anything that `as_format` accepts; GridArrays have their own.
-        scale: Real units per unit of the format, for arrays.
+    Arrays are rounded to nearest; of GridArrays fraction bits are ignored.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
-        >>> used = ag.diagnostics.capacity(jnp.array([1.0, 1.0, -1.0, 0.0]), "float4_e2m1fn")
-        >>> int(used.codes_used), used.codes, float(used.entropy)
-        (3, 15, 1.5)
+        >>> ag.diagnostics.capacity(jnp.array([1.0, 1.0, -1.0, 0.0]), "float4_e2m1fn").codes_used
+        Array(3, dtype=int32)
     """
     grids = {_grid(leaf, format)[0] for leaf in flatten_stored(x)[1]}
     if len(grids) != 1:
@@ -228,7 +202,6 @@ def capacity(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLi
     (grid,) = grids
     if 2 * grid.max_index + 1 > 2**16:
         raise ValueError(f"capacity counts formats of up to 16 bits, got {grid.name}.")
-
     lowest = -grid.max_index if grid.signed else 0
     codes = grid.max_index - lowest + 1
 
@@ -236,11 +209,8 @@ def capacity(x: Any, format: FormatLike | None = None, scale: jax.typing.ArrayLi
         numbers = jnp.clip(_real(x, full=False) / _grid(x, format, scale)[1], grid.min, grid.max)
         return encode(narrowed(jnp.where(jnp.isnan(numbers), 0, numbers)), 0, grid) - lowest
 
-    indices = _joined(leaf, x)
-    counts = jnp.bincount(indices, length=codes)
-    share = counts / indices.size
-    entropy = -jnp.sum(jnp.where(counts > 0, share * jnp.log2(jnp.where(counts > 0, share, 1)), 0))
-    return Capacity(jnp.sum(counts > 0, dtype=jnp.int32), codes, entropy)
+    counts = jnp.bincount(_joined(leaf, x), length=codes)
+    return Capacity(jnp.sum(counts > 0, dtype=jnp.int32), codes, _entropy(counts / jnp.sum(counts)) / jnp.log(2.0))
 
 
 def stable_rank(x: jax.Array) -> jax.Array:
@@ -258,8 +228,7 @@ def stable_rank(x: jax.Array) -> jax.Array:
 def effective_rank(x: jax.Array) -> jax.Array:
     """Exponential of the entropy of the singular values of matrices `[..., m, n]`, which sum to 1; float32 `[...]`.
 
-    References:
-        Roy, Vetterli (2007), The effective rank: a measure of effective dimensionality.
+    Roy, Vetterli (2007), The effective rank: a measure of effective dimensionality.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -267,14 +236,11 @@ def effective_rank(x: jax.Array) -> jax.Array:
         Array(3., dtype=float32)
     """
     spectrum = _spectrum(x)
-    p = spectrum / jnp.sum(spectrum, axis=-1, keepdims=True)
-    return jnp.exp(-jnp.sum(jnp.where(p == 0, 0, p * jnp.log(jnp.where(p == 0, 1, p))), axis=-1))
+    return jnp.exp(_entropy(spectrum / jnp.sum(spectrum, axis=-1, keepdims=True)))
 
 
 def variance_rank(x: jax.Array, share: float = 0.99) -> jax.Array:
     """How many singular values of matrices `[..., m, n]` hold a share of the sum of their squares; float32 `[...]`.
-
-    Float32, so that NaN in gives NaN out.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -289,24 +255,11 @@ def variance_rank(x: jax.Array, share: float = 0.99) -> jax.Array:
 
 
 def effective_descent_quality(intended: Any, before: Any, after: Any) -> jax.Array:
-    """Projection of the realised movement on the intended one, over the length of the intended one.
+    """Projection of the realised movement on the intended one, over the length of the intended one; float32, [].
 
-    1 where the weights moved as intended, 0 where they did not move or moved across. Over a window of steps it ranks
-    methods that single steps do not: sum the updates that the optimizer meant over the window. These must not contain
-    an error that is carried from step to step (the momentum of `on_grid` with feedback does): it is no intention, and
-    would make every method with feedback look worse.
-
-    Args:
-        intended: The sum of the intended updates, a tree of real arrays.
-        before: The weights at the start of the window, a tree of arrays or GridArrays.
-        after: The weights at its end.
-
-    Returns:
-        A float32 scalar; NaN if nothing was intended.
-
-    References:
-        Yu, Lin, Park et al. (2024), Collage: Light-Weight Low-Precision Strategy for LLM Training, arXiv 2405.03637,
-        whose quality is this times the length of the intended movement.
+    1 where the weights moved as intended, 0 where they did not move or moved across, NaN if nothing was intended. It
+    ranks methods over a window of steps, `intended` being the sum of the updates that the optimizer meant: an error
+    that is carried from step to step is no intention. Collage (arXiv 2405.03637) has it times the length of `intended`.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -320,19 +273,15 @@ def effective_descent_quality(intended: Any, before: Any, after: Any) -> jax.Arr
 def predict_freeze(trace: Any, format: FormatLike, *, scale: Any = 1.0, fraction_bits: int = 0) -> Freeze:
     """From a float32 trajectory, when weights that are rounded to nearest on a grid would stop to move.
 
-    A weight on the grid takes the steps of the trajectory, but rounds to nearest after each and remembers nothing:
-    from then on it is frozen at where the trajectory left it. Its gradients are assumed to be those of the float32 run:
-    where freezing costs much loss they are larger, and fewer weights freeze (in `examples/format_study` the share that
-    never moves was up to 0.10 smaller than predicted).
+    A weight takes the steps of the trajectory, but rounds to nearest after each and remembers nothing. Where freezing
+    costs much loss its gradients are larger than those of the float32 run, and fewer weights freeze (in
+    `examples/format_study` the share that never moves was up to 0.10 smaller than predicted).
 
     Args:
         trace: A tree of real arrays `[steps + 1, ...]`: the weights before the first step and after each.
-        format: Anything that `as_format` accepts.
-        scale: Powers of two by which the format is multiplied, a number or a tree like the weights.
-        fraction_bits: As in `to_grid`: bits of every position behind the point.
-
-    Returns:
-        The last step that moves each weight, and the share of weights that no step moves.
+        format: The grid.
+        scale: Powers of two by which it is multiplied, a number or a tree like the weights.
+        fraction_bits: As in `to_grid`.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -366,15 +315,19 @@ def _real(x: Any, full: bool = True) -> jax.Array:
     return from_grid(x, full=full) if is_grid_array(x) else as_real(x)
 
 
-def _grid(
-    x: Any, format: FormatLike | None, scale: jax.typing.ArrayLike = 1.0
-) -> tuple[FloatFormat, jax.typing.ArrayLike]:
-    """The format and the scale of an array's own grid, or of the one that was given."""
+def _grid(x: Any, format: FormatLike | None, scale: ArrayLike = 1.0) -> tuple[FloatFormat, ArrayLike]:
+    """The format and the scale of a GridArray, or of an array on the grid that was given."""
     if is_grid_array(x):
         if format is not None:
             raise ValueError(f"GridArrays have a format of their own, {x.format.name}, and exclude format={format}.")
         return x.format, x.scale
     return (own_format(jnp.result_type(x)) if format is None else as_format(format)), scale
+
+
+def _real_leaves(tree: Any) -> list[Any]:
+    """The GridArrays and the floating leaves of a tree."""
+    leaves = flatten_stored(tree)[1]
+    return [x for x in leaves if is_grid_array(x) or not jnp.issubdtype(jnp.result_type(x), jnp.integer)]
 
 
 def _joined(f: Any, *trees: Any) -> jax.Array:
@@ -383,8 +336,13 @@ def _joined(f: Any, *trees: Any) -> jax.Array:
 
 
 def _meant_and_moved(update: Any, before: Any, after: Any) -> tuple[jax.Array, jax.Array]:
-    stored = [_joined(_real, tree) for tree in (before, after)]
-    return _joined(_real, update) != 0, stored[0] != stored[1]
+    meant, before, after = (_joined(_real, _real_leaves(tree)) for tree in (update, before, after))
+    return meant != 0, before != after
+
+
+def _entropy(p: jax.Array) -> jax.Array:
+    """In nats, of shares `[..., n]`."""
+    return -jnp.sum(jnp.where(p == 0, 0, p * jnp.log(jnp.where(p == 0, 1, p))), axis=-1)
 
 
 def _spectrum(x: jax.Array) -> jax.Array:

@@ -18,14 +18,12 @@ from flax import serialization
 from altgrad_jax.grid_array import GridArray
 
 
+def _described(param: GridArray) -> dict[str, Any]:
+    return {"format": param.format.name, "fraction_bits": param.fraction_bits, "dtype": str(param.dtype)}
+
+
 def _to_state_dict(param: GridArray) -> dict[str, Any]:
-    return {
-        "index": param.index,
-        "exponent": param.exponent,
-        "format": param.format.name,
-        "fraction_bits": param.fraction_bits,
-        "dtype": str(param.dtype),
-    }
+    return {"index": param.index, "exponent": param.exponent, **_described(param)}
 
 
 def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
@@ -33,8 +31,7 @@ def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
         raise ValueError(
             "what is stored is no GridArray: restore it into an array; parameters then become one by to_grid."
         )
-    described = {"format": target.format.name, "fraction_bits": target.fraction_bits, "dtype": str(target.dtype)}
-    for field, wanted in described.items():
+    for field, wanted in _described(target).items():
         if state[field] != wanted:
             raise ValueError(
                 f"the stored {field} is {state[field]!r} but that of the target {wanted!r}: make it match."

@@ -14,22 +14,16 @@ from jax.typing import DTypeLike
 class FloatFormat:
     """A floating-point format: the finite list of numbers that a weight can be.
 
-    The positive values are `k * 2**(minexp - mantissa_bits)` for `k <= 2**mantissa_bits` and have
-    `mantissa_bits` bits after the leading one from there to `max`; zero and, in a signed format, the
-    negatives complete the list. The names of the properties and their meanings are those of `numpy.finfo`; values
-    are Python floats, and exact.
+    The positive values are `k * 2**(minexp - mantissa_bits)` for `k <= 2**mantissa_bits` and have `mantissa_bits` bits
+    after the leading one from there to `max`; zero and, if signed, the negatives complete the list. The properties mean
+    what they mean in `numpy.finfo`; values are Python floats, and exact.
 
     Attributes:
         name: What the format is called; formats that differ in name alone are different.
-        exponent_bits: Width of the exponent field; 0 makes a uniform grid, without normal numbers.
-        mantissa_bits: Width of the stored mantissa field.
-        bias: Exponent bias.
-        max: The largest finite value.
+        exponent_bits, mantissa_bits, bias: Integers (else a TypeError), the widths >= 0 (else a ValueError); without
+            exponent bits the grid is uniform and has no normal numbers.
+        max: The largest finite value; a ValueError if it is not a value of the format, or if a value is no float64.
         signed: Whether there are negative numbers.
-
-    Raises:
-        TypeError: If a width or the bias is not an integer.
-        ValueError: If a width is negative, `max` is not a value of the format, or a value is no float64.
 
     Example:
         >>> import altgrad_jax as ag
@@ -102,15 +96,11 @@ class FloatFormat:
         return (self._top_binade << self.mantissa_bits) + int(self._steps_to_max)
 
     def refined(self, fraction_bits: int) -> "FloatFormat":
-        """The grid with `2**fraction_bits - 1` numbers more between neighbours, evenly spaced: longer mantissas.
-
-        Index `k` of this format is index `k * 2**fraction_bits` of that one.
-        """
+        """The grid with evenly spaced numbers between neighbours: index k of this is k * 2**fraction_bits of that."""
         if fraction_bits == 0:
             return self
-        return dataclasses.replace(
-            self, name=f"{self.name}+{fraction_bits}", mantissa_bits=self.mantissa_bits + fraction_bits
-        )
+        name, mantissa_bits = f"{self.name}+{fraction_bits}", self.mantissa_bits + fraction_bits
+        return dataclasses.replace(self, name=name, mantissa_bits=mantissa_bits)
 
     @property
     def dtype(self) -> np.dtype | None:
@@ -169,16 +159,11 @@ def as_format(spec: FormatLike) -> FloatFormat:
 
     Args:
         spec: A `FloatFormat`; a dtype or scalar type such as `jnp.float8_e4m3fn`; the full name of a dtype,
-            `"float8_e4m3fn"`; or a name of AltGrad's family in capitals, `"E4M3"`, which has AltGrad's own bias
-            and maximum and is in general another grid than the dtype with the same widths.
-
-    Returns:
-        The format.
+            `"float8_e4m3fn"`; or a name of AltGrad's family in capitals, `"E4M3"`, which has AltGrad's own bias and
+            maximum and is in general another grid than the dtype with the same widths. Anything else is a TypeError.
 
     Raises:
-        ValueError: If the format is unknown, if the name could mean several, if the dtype is `float8_e8m0fnu`,
-            which is a scale rather than a grid for weights, or if a `FloatFormat` exceeds float32.
-        TypeError: If `spec` is none of these things.
+        ValueError: If it is unknown, ambiguous, beyond float32, or `float8_e8m0fnu`: a scale, no grid for weights.
 
     Example:
         >>> import altgrad_jax as ag

@@ -1,12 +1,9 @@
 """Where a real number lies among the numbers of a format.
 
 The numbers of a format are counted from 0: the k-th positive one has index k, its negative -k. The chart `position`
-continues the index linearly between neighbours, `value` is its inverse, and `spacing` is the slope of `value`: the
-stiffness of the grid, one ULP.
-
-Everything is exact: powers of two are made of exponent bits, as XLA's `log2` and `exp2` are inexact next to powers of
-two. What is below the smallest normal number of the dtype that computes (float32; float64 for float64 input) counts
-as zero, as XLA flushes it: it matters for the formats bfloat16 and float32 alone.
+continues the index linearly between neighbours, `value` is its inverse, and `spacing`, the slope of `value`, is the
+stiffness of the grid: one ULP. All are exact, in float32 (float64 for float64 input). What is below the smallest normal
+number of that dtype counts as zero, as XLA flushes it: it matters for the formats bfloat16 and float32 alone.
 """
 
 import functools
@@ -14,52 +11,39 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from altgrad_jax._floats import as_integer, as_real, compiled, floor_log2, leading, power_of_two, scaled
+from altgrad_jax._floats import as_integer, as_real, compiled, floor_log2, ldexp, leading
 from altgrad_jax.formats import FloatFormat, FormatLike, as_format
 
 
 def spacing(x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """Gap between neighbouring numbers of a format at x, away from zero: one ULP, the stiffness of the grid.
 
-    Agrees with `numpy.spacing(abs(x))` for the formats that numpy has.
-
     Args:
-        x: Real numbers. Shape `[...]`, any floating dtype.
-        format: Anything that `as_format` accepts.
+        x: Real numbers, any floating dtype (else a TypeError), shape `[...]`.
+        format: Anything that `as_format` accepts (else a ValueError).
 
     Returns:
-        Powers of two, float32 (float64 for float64 x), shape `[...]`. At 0 the smallest positive value, beyond the
-        largest value the gap of the top binade, NaN for NaN; never below 2**-126 (float64: 2**-1022).
-
-    Raises:
-        TypeError: If x is not floating.
-        ValueError: If the format is unknown.
+        Powers of two, float32 (float64 for float64 x), shape `[...]`; as `numpy.spacing(abs(x))` in numpy's formats. At
+        0 the smallest positive value, beyond max the top gap, NaN for NaN; at least 2**-126 (float64: 2**-1022).
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
         >>> ag.spacing(jnp.array([0.0, 1.0, -1.9, 2.0, 1e9]), "float8_e4m3fn")
-        Array([1.953125e-03, 1.250000e-01, 1.250000e-01, 2.500000e-01,
-               3.200000e+01], dtype=float32)
+        Array([1.953125e-03, 1.250000e-01, 1.250000e-01, 2.500000e-01, 3.200000e+01], dtype=float32)
     """
-    x, format = as_real(x), as_format(format)
-    return ulp(x, format)
+    return ulp(as_real(x), as_format(format))
 
 
 def position(x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """Places real numbers on the index line of a format.
 
     Args:
-        x: Real numbers. Shape `[...]`, any floating dtype.
-        format: Anything that `as_format` accepts.
+        x, format: As in `spacing`.
 
     Returns:
-        Signed fractional index, float32 (float64 for float64 x), shape `[...]`: an integer where x is a number of
-        the format, linear between neighbours, +-max_index beyond the largest value, NaN for NaN. The exact
-        quotient, rounded once. Its derivative is 1 / spacing, 0 beyond the largest value.
-
-    Raises:
-        TypeError: If x is not floating.
-        ValueError: If the format is unknown.
+        Signed fractional index, float32 (float64 for float64 x), shape `[...]`: the exact quotient, rounded once. An
+        integer where x is a number of the format, linear between neighbours, +-max_index beyond the largest value, NaN
+        for NaN. Its derivative is 1 / spacing, 0 beyond the largest value.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -85,23 +69,17 @@ def value(position: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """The real number at a position of the index line: the inverse of `position`.
 
     Args:
-        position: Signed fractional index. Shape `[...]`, any floating dtype.
-        format: Anything that `as_format` accepts.
+        position: Signed fractional index, any floating dtype (else a TypeError), shape `[...]`.
+        format: As in `spacing`.
 
     Returns:
-        Real numbers, float32 (float64 for a float64 position), shape `[...]`: numbers of the format at integers,
-        linear between them, +-max beyond +-max_index, NaN for NaN. Exact. Its derivative is the spacing, 0 beyond
-        +-max_index.
-
-    Raises:
-        TypeError: If the position is not floating.
-        ValueError: If the format is unknown.
+        Real numbers, exact, float32 (float64 for a float64 position), shape `[...]`: numbers of the format at integers,
+        linear between them, +-max beyond +-max_index, NaN for NaN. The derivative is the spacing, 0 beyond +-max_index.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
         >>> ag.value(jnp.array([0.0, 1.0, 56.0, -56.25, 200.0]), "float8_e4m3fn")
-        Array([ 0.000000e+00,  1.953125e-03,  1.000000e+00, -1.031250e+00,
-                4.480000e+02], dtype=float32)
+        Array([ 0.000000e+00,  1.953125e-03,  1.000000e+00, -1.031250e+00, 4.480000e+02], dtype=float32)
     """
     return _value(as_real(position, "position"), as_format(format))
 
@@ -124,27 +102,19 @@ def _value_jvp(format, primals, tangents):
 def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """The next number of a format after x in the direction of another one.
 
-    Agrees with `numpy.nextafter` for the formats that numpy has, but for staying at the largest value.
-
     Args:
-        x: Real numbers. Shape `[...]`, any floating dtype; they need not be numbers of the format.
-        toward: Real numbers that broadcast against x.
-        format: Anything that `as_format` accepts.
+        x, format: As in `spacing`; x need not be a number of the format.
+        toward: Real numbers that broadcast against x, any floating dtype (else a TypeError).
 
     Returns:
-        Numbers of the format, float32 (float64 for float64 x), of the broadcast shape: the smallest one above x
-        where `toward` is above x, the largest one below x where it is below, +-max where there is none; `toward`
-        where it equals x; NaN where either is NaN.
-
-    Raises:
-        TypeError: If x or toward is not floating.
-        ValueError: If the format is unknown.
+        Numbers of the format, float32 (float64 for float64 x), of the broadcast shape: the smallest one above x where
+        `toward` is above x, the largest one below x where it is below; `toward` where it equals x; NaN where either is
+        NaN. As `numpy.nextafter` for numpy's formats, but +-max where there is no next number.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
         >>> ag.nextafter(jnp.array([1.0, 1.0, 1.1, 0.0, 448.0]), jnp.array([2.0, 0.0, 2.0, -1.0, 1e9]), "float8_e4m3fn")
-        Array([ 1.125000e+00,  9.375000e-01,  1.125000e+00, -1.953125e-03,
-                4.480000e+02], dtype=float32)
+        Array([ 1.125000e+00,  9.375000e-01,  1.125000e+00, -1.953125e-03, 4.480000e+02], dtype=float32)
     """
     x, toward, format = as_real(x), as_real(toward, "toward"), as_format(format)
     return _nextafter(*jnp.broadcast_arrays(x, toward), format)
@@ -187,17 +157,10 @@ def ulp_exponent(x: jax.Array, format: FloatFormat) -> jax.Array:
 def steps_and_base(x: jax.Array, format: FloatFormat) -> tuple[jax.Array, jax.Array]:
     """Splits |position|, which float32 cannot hold exactly, into two parts that are exact.
 
-    Args:
-        x: Real numbers, float32 or float64; their magnitude saturates at the largest value.
-        format: The format whose grid is meant.
-
-    Returns:
-        Steps, x's dtype: |x| / spacing(x), NaN for NaN; and base, int32: the index to add to them, a multiple of
-        2**mantissa_bits.
+    Steps are min(|x|, max) / spacing(x) in the dtype of x, NaN for NaN; base, int32, is a multiple of 2**mantissa_bits.
     """
     binade = _binade(x, format)
-    exponents = format.mantissa_bits - (format.maxexp - 1), format.mantissa_bits - format.minexp
-    steps = scaled(jnp.minimum(jnp.abs(x), format.max), format.mantissa_bits - binade, exponents)
+    steps = ldexp(jnp.minimum(jnp.abs(x), format.max), format.mantissa_bits - binade)
     return steps, (binade - format.minexp) << format.mantissa_bits
 
 
@@ -206,8 +169,7 @@ def magnitude_at(index: jax.Array, fraction: jax.Array, format: FloatFormat) -> 
     """The number `index + fraction` steps above zero; index int32 in [0, max_index], fraction in [0, 1)."""
     binade = jnp.maximum(index >> format.mantissa_bits, 1) - 1
     steps = (index - (binade << format.mantissa_bits)).astype(fraction.dtype) + fraction
-    exponents = format.minexp - format.mantissa_bits, format.maxexp - 1 - format.mantissa_bits
-    return scaled(steps, binade + exponents[0], exponents)
+    return ldexp(steps, binade + (format.minexp - format.mantissa_bits))
 
 
 def _binade(x: jax.Array, format: FloatFormat) -> jax.Array:

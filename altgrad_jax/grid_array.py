@@ -35,17 +35,15 @@ _FLOAT32 = np.dtype("float32")
 class GridArray:
     """An array of numbers of a scaled format, stored as integers: their positions on the grid and its exponents.
 
-    The element with index `i` is `2**exponent * value(i / 2**fraction_bits, format)`; the most negative index of the
-    dtype, which no format reaches, is NaN. A pytree of two integer arrays, so that `optax.apply_updates` adds an update
-    of the same structure to it: whole steps, and the change of the exponents. Made by `to_grid`. An average of
+    The element with index `i` is `2**exponent * value(i / 2**fraction_bits, format)`. A pytree of two integer arrays:
+    `optax.apply_updates` adds whole steps, and the change of the exponents, to it. Made by `to_grid`. An average of
     GridArrays (`optax.incremental_update`) is one of indices; average what `from_grid` gives.
 
     Attributes:
-        index: Signed positions, in steps of `2**-fraction_bits`. int8, int16 or int32, shape `[...]`; unsigned for a
-            format without a sign.
-        exponent: log2 of the scale, which is in real units per unit of the format. int8, with as many dimensions as
-            the index, and in each its size or 1; from `to_grid` one per row, shape `[..., 1]`. Legal are those under
-            which the largest number and the smallest step are normal float32 numbers.
+        index: Signed positions in steps of `2**-fraction_bits`, shape `[...]`: the smallest of int8, int16 and int32
+            (unsigned for a format without a sign). The most negative one, which no format reaches, is NaN.
+        exponent: log2 of the scale, int8, in each dimension as long as the index or 1; from `to_grid` `[..., 1]`. The
+            largest number and the smallest step that it gives are normal float32 numbers.
         format: The format whose grid it is.
         fraction_bits: Bits of every position behind the point.
         dtype: What `value()` gives.
@@ -102,17 +100,10 @@ class GridArray:
         return numbers.astype(self.dtype if dtype is None else dtype)
 
     def fp8(self) -> tuple[jax.Array, jax.Array]:
-        """The numbers in their hardware dtype, without a scale, and the scale, for a quantized matmul.
+        """The numbers in their hardware dtype, without a scale, and the scale, float32, for a quantized matmul.
 
-        The codes are made of the indices by integer operations. Fraction bits are rounded to nearest-even first.
-
-        The product of `x` and a kernel with a scale per row, `[in, 1]`, is `(x * scale[:, 0]) @ codes`.
-
-        Returns:
-            Numbers of the 8-bit dtype, shape `[...]`, and the scales that multiply them, float32.
-
-        Raises:
-            TypeError: If no 8-bit hardware dtype has the format.
+        Fraction bits are rounded to nearest-even first. The product of `x` and a kernel with a scale per row is
+        `(x * scale[:, 0]) @ codes`. A TypeError if no 8-bit hardware dtype has the format.
         """
         if self.format.dtype is None or self.format.name not in _HARDWARE_FORMATS.split():
             raise TypeError(f"fp8() needs one of the formats {_HARDWARE_FORMATS}, got {self.format.name}.")
@@ -166,8 +157,8 @@ def to_grid(
     Args:
         params: A tree of arrays. GridArrays in it are encoded again, from all of their bits.
         format: Anything that `as_format` accepts, up to 16 bits.
-        fraction_bits: Bits that each position has behind the point. 8-bit formats take 1 byte per element with 0
-            and 2 bytes with up to 8.
+        fraction_bits: Bits of each position behind the point: 8-bit formats take 1 byte per element with 0, 2 with up
+            to 8.
         where: Which leaves to store: a function of key path and leaf, or a tree of booleans like params. Default:
             floating leaves with two or more dimensions.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
@@ -177,13 +168,11 @@ def to_grid(
             same format keeps its own.
 
     Returns:
-        The tree with GridArrays in the places chosen, which decode to the dtypes that their leaves had, and its other
-        leaves untouched.
+        The tree with GridArrays in the places chosen, of the dtypes of their leaves, and its other leaves untouched.
 
     Raises:
-        ValueError: If the format is unknown or has more than 16 bits, an index would need more than 2**24 steps, a
-            scale is no power of two that is legal for the format or does not broadcast, an element is not finite or
-            would saturate, or nothing was chosen.
+        ValueError: If an index would need more than 2**24 steps, a scale is no power of two that is legal for the
+            format or does not broadcast, an element is not finite or would saturate, or nothing was chosen.
         TypeError: If a chosen leaf is not of a floating dtype, or `fraction_bits` is no integer.
 
     Example:
@@ -229,12 +218,9 @@ def from_grid(params: Any, dtype: DTypeLike = jnp.float32, *, full: bool = False
 
     Args:
         params: A tree of arrays and GridArrays.
-        dtype: Dtype of the arrays that come from GridArrays; bfloat16 and wider hold every 8-bit format exactly, except
-            for scales near the end of its range.
+        dtype: Of the arrays that come from GridArrays; bfloat16 and wider hold every 8-bit format exactly, except for
+            scales near the end of its range. Other leaves are untouched.
         full: False gives the numbers of the format, True those with the fraction bits.
-
-    Returns:
-        The tree with an array in place of every GridArray; its other leaves untouched.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -246,18 +232,9 @@ def from_grid(params: Any, dtype: DTypeLike = jnp.float32, *, full: bool = False
 
 
 def signed_steps(updates: Any, params: Any) -> Any:
-    """The whole steps by which an update of `on_grid` moves its parameters.
+    """The whole steps by which an update of `on_grid`, which holds them modulo a range, moves its parameters.
 
-    The update itself holds them modulo the range of the index, and would have to add the shift of the index that
-    comes with a changed exponent.
-
-    Args:
-        updates: What `on_grid` returned.
-        params: The parameters that it was given.
-
-    Returns:
-        Per GridArray its steps, int32, in units of `2**-fraction_bits` on the grid after the update; other leaves of
-        the updates untouched.
+    Per GridArray int32, in units of `2**-fraction_bits` on the grid after the update; other leaves as they are.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -308,9 +285,7 @@ def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:
     index = index.astype(jnp.int32)
     if fraction_bits == 0:
         return index
-    whole, rest = index >> fraction_bits, index & (2**fraction_bits - 1)
-    half = 2 ** (fraction_bits - 1)
-    return whole + ((rest > half) | ((rest == half) & (whole % 2 == 1)))
+    return (index + (2 ** (fraction_bits - 1) - 1) + ((index >> fraction_bits) & 1)) >> fraction_bits
 
 
 def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
@@ -331,7 +306,8 @@ def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
 def _chosen(params: Any, where: Any) -> Any:
     """A bool for every leaf."""
     if where is None:
-        where = lambda path, leaf: leaf.ndim >= 2 if is_grid_array(leaf) else _is_matrix(leaf)  # noqa: E731
+        floating = lambda leaf: is_grid_array(leaf) or jnp.issubdtype(jnp.result_type(leaf), jnp.floating)  # noqa: E731
+        where = lambda path, leaf: np.ndim(leaf) >= 2 and floating(leaf)  # noqa: E731
     if callable(where):
         paths, leaves, structure = flatten_stored(params)
         where = structure.unflatten(map(where, paths, leaves))
@@ -341,10 +317,6 @@ def _chosen(params: Any, where: Any) -> Any:
             "with two or more dimensions."
         )
     return where
-
-
-def _is_matrix(leaf: Any) -> bool:
-    return jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _exponents(params: Any, scale: Any, grid: FloatFormat) -> Any:

@@ -24,33 +24,24 @@ class GridStepsState(NamedTuple):
 def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """Takes updates as numbers of grid steps: rounds them stochastically to whole ones and bounds them.
 
-    An update of 1.0 moves a weight that is stored on a grid to the next number above it, whatever the spacing there;
-    with fraction bits, to the next stored position. The mean of the rounded steps is the update, up to the bound. An
-    update of zero moves nothing; one that is not finite makes its element NaN.
+    An update of 1.0 moves a weight on a grid to the next number above it, whatever the spacing; with fraction bits, to
+    the next stored position. The mean of the rounded steps is the update, up to the bound. An update of 0 moves
+    nothing; one that is not finite makes its element NaN. AltGrad's GridOptim is biased upwards and sends NaN to max.
 
-    Needs the parameters. Belongs at the end of a chain, in the place of `on_grid`: the learning rate says how many
-    steps a unit of the updates is. Parameters that are no GridArrays take their updates as they are.
+    Belongs at the end of a chain, in place of `on_grid`: the learning rate says how many steps a unit of the updates
+    is. Parameters that are no GridArrays take their updates as they are; without any GridArray it is a ValueError.
 
     Args:
         max_steps: Bound of the steps of one update, in [1, 2**20].
-        seed: Of the random words, which are a function of the seed, the number of the step, the path of the leaf and
-            the position of the element alone.
+        seed: Of the random words; they depend on it, the step, the path of the leaf and the place of the element alone.
 
     Returns:
-        A transformation whose update takes real updates, of the shapes of `from_grid(params)`, and returns what
-        `optax.apply_updates` adds to params. The largest number is not passed: scales stay as they are.
-
-    Raises:
-        ValueError: If an argument is out of bounds, or, in the update, if no parameter is stored on a grid or updates
-            and parameters do not go together.
-
-    References:
-        The AltGrad project, GridOptim, whose rounding is biased upwards and which sends NaN to the largest number.
+        A transformation that needs the parameters. It takes real updates, of the shapes of `from_grid(params)`, and
+        gives what `optax.apply_updates` adds to params. The largest number is not passed: scales stay as they are.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
-        >>> params = ag.to_grid(jnp.array([[0.5, -1.0, 0.25]]))
-        >>> tx = ag.scale_by_grid_steps()
+        >>> params, tx = ag.to_grid(jnp.array([[0.5, -1.0, 0.25]])), ag.scale_by_grid_steps()
         >>> updates, state = tx.update(jnp.array([[-2.0, 300.0, 0.0]]), tx.init(params), params)
         >>> ag.from_grid(optax.apply_updates(params, updates))
         Array([[ 0.4375, -0.4375,  0.25  ]], dtype=float32)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real, power_of_two
@@ -32,9 +33,9 @@ _BELOW = 5
 class OnGridState(NamedTuple):
     """State of `on_grid`."""
 
-    grid_step: jax.Array  # uint32, []: updates so far, modulo 2**32. It keys the random words.
+    grid_step: Array  # uint32, []: updates so far, modulo 2**32. It keys the random words.
     exponent: Any  # int8: the exponents that the GridArrays take in the next update; None for other leaves.
-    momentum: Any  # GridArrays of one byte per weight with the exponents of their weights; float32 for other leaves.
+    momentum: Any  # GridArrays of one byte, with the exponents of their weights; float32 for other leaves; or Nones.
     inner_state: optax.OptState
 
 
@@ -47,32 +48,29 @@ def on_grid(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains parameters that are stored on a grid with any Optax transformation.
 
-    The inner transformation sees the numbers that the GridArrays stand for, fraction bits included. Its updates become
-    whole steps, which `optax.apply_updates` adds exactly. Belongs at the end of a chain: what follows it, except
-    `track_ulp_position`, would scale whole steps. `optax.MultiSteps` and `optax.apply_if_finite` belong inside.
-
-    With a momentum, which the inner transformation then must not have, what rounding loses is carried in it: see
-    `moved`, whose recurrence it is. Parameters that are not stored have the same momentum. It moves them on steps
-    that `optax.MultiSteps` skips, too: accumulate gradients outside of the optimizer instead.
+    Its updates become whole steps, which `optax.apply_updates` adds exactly. Belongs at the end of a chain: what
+    follows it, except `track_ulp_position`, would scale whole steps. `optax.apply_if_finite` and `optax.MultiSteps`
+    belong inside; a momentum goes on to move the weights on the steps that `MultiSteps` skips.
 
     Args:
         inner: The transformation whose updates are stored, learning rate and weight decay included.
         rounding: "stochastic", or "nearest", under which a weight stands still while its updates are below half of its
             step: at a learning rate of 1e-5 most weights, in two bytes too.
-        momentum: Decay rate of a momentum that is stored in one byte per weight, in (0, 1); stochastic only.
-        seed: Of the random words, which are a function of seed, number of the step, path of the leaf and position of
-            the element: the same on any sharding and after any restart. Lanes of `jax.vmap` and shards of
-            `jax.shard_map` draw the same ones unless the seed is mapped.
+        momentum: Decay rate, in (0, 1), of a momentum in one byte per weight, which carries what stochastic rounding
+            loses: the recurrence of `moved`. All parameters have it, so that `inner` must have none.
+        seed: Of the random words, which are a function of seed, step, path of the leaf and position of the element:
+            the same on any sharding and after any restart. Lanes of `jax.vmap` and shards of `jax.shard_map` draw the
+            same ones unless the seed is mapped.
 
     Returns:
-        A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters. It
-        hands the inner one the extra argument `grid_scale`: a tree like params, 1 for leaves that are not stored. The
+        A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters. The
+        inner one gets the extra argument `grid_scale`, a tree like params, 1 for leaves that are not stored. The
         exponent of a row follows its largest element, one step behind (without a momentum two); until then the row
-        saturates. A movement that is not finite makes its element NaN.
+        saturates. A movement that is not finite, or 2**128 times the scale, makes its element NaN.
 
     Raises:
-        ValueError: If an argument is out of bounds, or, in the update, if no parameter is stored, gradients and
-            parameters do not go together, or `value_fn` of a line search, or `grid_scale`, is given.
+        ValueError: If an argument is out of bounds, or, in the update, if no parameter is stored, trees do not go
+            together, or `value_fn` of a line search, or `grid_scale`, is given.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -97,7 +95,7 @@ def on_grid(
     def init(params):
         floats = from_grid(params, full=True)
         exponent = map_stored(lambda p: jnp.array(p.exponent) if is_grid_array(p) else None, params)
-        carried = () if momentum is None else map_stored(_initial, params, floats)
+        carried = map_stored(lambda p, x: None if momentum is None else _initial(p, x), params, floats)
         return OnGridState(jnp.uint32(0), exponent, carried, inner.init(floats))
 
     def update(updates, state, params=None, **extra_args):
@@ -107,18 +105,12 @@ def on_grid(
         moves, inner_state = inner.update(updates, state.inner_state, floats, grid_scale=scales, **extra_args)
 
         paths, leaves, structure = flatten_stored(params)
+        rest = [structure.flatten_up_to(tree) for tree in (moves, state.exponent, state.momentum)]
         keys = leaf_keys(seed, state.grid_step, paths) if rounding == "stochastic" else [None] * len(paths)
-        rest = [structure.flatten_up_to(tree) for tree in (moves, state.exponent)]
-        if momentum is None:
-            results = [_without_momentum(*arguments) for arguments in zip(leaves, *rest, keys, strict=True)]
-            trees = [structure.unflatten(column) for column in zip(*results, strict=True)]
-            return trees[0], OnGridState(state.grid_step + 1, trees[1], (), inner_state)
-        carried = structure.flatten_up_to(state.momentum)
-        b, t = jnp.asarray(momentum, jnp.float32), state.grid_step.astype(jnp.float32)
-        rates = b * (1 - b**t) / (1 - b ** (t + 1)), 1 / b - 1
-        results = [_with_momentum(*rates, *a) for a in zip(leaves, *rest, keys, carried, strict=True)]
-        trees = [structure.unflatten(column) for column in zip(*results, strict=True)]
-        return trees[0], OnGridState(state.grid_step + 1, trees[1], trees[2], inner_state)
+        rates = (0, 0) if momentum is None else _rates(momentum, state.grid_step)
+        results = [_moved_leaf(rates, *arguments) for arguments in zip(leaves, *rest, keys, strict=True)]
+        steps, exponent, carried = (structure.unflatten(column) for column in zip(*results, strict=True))
+        return steps, OnGridState(state.grid_step + 1, exponent, carried, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -135,14 +127,8 @@ def momentum_format(format: FloatFormat) -> FloatFormat | None:
 
 
 def moved(
-    before: jax.Array,
-    update: jax.Array,
-    carried: jax.Array,
-    ulp: jax.Array,
-    rounded: Callable[[jax.Array], jax.Array],
-    b: jax.Array,
-    gain: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    w: Array, u: Array, m: Array, ulp: Array, rounded: Callable[[Array], Array], b: Array, gain: Array
+) -> tuple[Array, Array, Array]:
     """One step of a stored leaf with a momentum that carries the error of the rounding.
 
         M <- b_t M + (1 - b_t) u;  target = w + M;  w' = round(target);  M <- M + (1 / b - 1) (target - w')
@@ -151,40 +137,42 @@ def moved(
     `w + b M / (1 - b)` gains exactly u, however w is rounded: the second term is what an element still owes. An element
     whose u is 0 and which owes at most half of its step rests: weight and momentum stay.
 
-    Args:
-        before: Weights, float32, shape `[...]`.
-        update: Updates u of the inner transformation, float32, `[...]`.
-        carried: The momentum M, float32, `[...]`.
-        ulp: Steps of the grid at the weights, float32, `[...]`.
-        rounded: Function of targets to what is stored of them.
-        b: Decay rate of the momentum at this step, b_t, [].
-        gain: 1 / b - 1, [].
-
-    Returns:
-        Targets, the momentum before the error is added, and after it.
+    Weights w, updates u, momentum M and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`, and b_t
+    and the gain 1 / b - 1 scalars. Returns targets, and the momentum before and after the error is added.
     """
-    rests = (update == 0) & (jnp.abs(carried) <= ulp * (gain / 2))
-    move = b * carried + (1 - b) * update
+    rests = (u == 0) & (jnp.abs(m) <= ulp * (gain / 2))
+    move = b * m + (1 - b) * u
     # What rests is all error, so that its momentum stays b M + (1 / b - 1) b M = M.
-    target = before + jnp.where(rests, 0, move)
+    target = w + jnp.where(rests, 0, move)
     # Of the movement, as the sum has lost what is below its own float32 ULP.
-    error = move - (rounded(target) - before)
+    error = move - (rounded(target) - w)
     return target, move, move + gain * error
 
 
-def _with_momentum(b, gain, param, u, exponent, key, carried):
+def _rates(b: jax.typing.ArrayLike, steps: Array) -> tuple[Array, Array]:
+    """b_t and 1 / b - 1 after so many steps."""
+    b, t = jnp.asarray(b, jnp.float32), steps.astype(jnp.float32)
+    return b * (1 - b**t) / (1 - b ** (t + 1)), 1 / b - 1
+
+
+def _moved_leaf(rates, param, u, exponent, carried, key):
     """Update, next exponent and momentum of a leaf."""
     if not is_grid_array(param):
-        carried = (b * carried + (1 - b) * u.astype(carried.dtype)).astype(carried.dtype)
-        return carried.astype(u.dtype), None, carried
-    return _stored_with_momentum(b, gain, param, u, exponent, key, rejoined(carried, _initial(param, u)))
+        carried = None if carried is None else rates[0] * carried + (1 - rates[0]) * u.astype(carried.dtype)
+        return u if carried is None else carried.astype(u.dtype), None, carried
+    if carried is None:
+        return *_without_momentum(param, u, exponent, key), None
+    return _with_momentum(*rates, param, u, exponent, rejoined(carried, _initial(param, u)), key)
 
 
 @jax.jit
-def _stored_with_momentum(b, gain, param, u, exponent, key, carried):
+def _with_momentum(b, gain, param, u, exponent, carried, key):
     before, u = _in_units(param, u, exponent)
     word, stored = random_words(key, param.shape), is_grid_array(carried)
-    m = _momentum_in_units(carried, exponent) if stored else carried
+    m = carried
+    if stored:  # Bounded where the two exponents have nothing to do with each other.
+        change = jnp.clip(carried.exponent.astype(jnp.int32) - exponent.astype(jnp.int32), -126, 90)
+        m = decode(carried.index, 0, carried.format) * power_of_two(change, jnp.float32)
     index = jnp.zeros(param.shape, jnp.int32)
 
     def rounded(target):
@@ -203,16 +191,10 @@ def _stored_with_momentum(b, gain, param, u, exponent, key, carried):
     return *_update(param, index, exponent, level), m
 
 
-def _without_momentum(param, u, exponent, key):
-    """Update and next exponent of a leaf."""
-    return _stored_without_momentum(param, u, exponent, key) if is_grid_array(param) else (u, None)
-
-
 @jax.jit
-def _stored_without_momentum(param, u, exponent, key):
+def _without_momentum(param, u, exponent, key):
     before, u = _in_units(param, u, exponent)
-    word = None if key is None else random_words(key, param.shape)
-    index = encode(before + u, 0, param.grid, word)
+    index = encode(before + u, 0, param.grid, None if key is None else random_words(key, param.shape))
     # Of what is stored, not of what is about to be: on a TPU a maximum of the latter beside float32 moments takes a
     # second kernel, 31 bytes per weight instead of 22. A row that saturates grows by two binades per step.
     saturated = jnp.abs(param.index.astype(jnp.int32)) == param.grid.max_index
@@ -222,33 +204,23 @@ def _stored_without_momentum(param, u, exponent, key):
     return _update(param, index, exponent, level)
 
 
-def _in_units(param: GridArray, u: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array]:
     """Weights and updates in units of the scales of this step, float32.
 
     In these a step has constants alone: a TPU kernel takes few operands, and every scale of a row is one.
     """
     unit = power_of_two(-exponent.astype(jnp.int32), jnp.float32)
-    u = as_real(u).astype(jnp.float32)
-    # So far beyond the largest number any movement saturates, and sums of such stay finite.
-    far = min(2.0**32 * param.format.max, float(jnp.finfo(jnp.float32).max))
-    inside = jnp.where(jnp.isfinite(u), jnp.clip(u * unit, -far, far), jnp.nan)
-    return param.value(jnp.float32, full=True) * unit, inside
+    return param.value(jnp.float32, full=True) * unit, as_real(u).astype(jnp.float32) * unit
 
 
-def _momentum_in_units(carried: GridArray, exponent: jax.Array) -> jax.Array:
-    """A momentum in the same units; bounded where the two have nothing to do with each other."""
-    change = jnp.clip(carried.exponent.astype(jnp.int32) - exponent.astype(jnp.int32), -126, 90)
-    return decode(carried.index, 0, carried.format) * power_of_two(change, jnp.float32)
-
-
-def _update(param: GridArray, index: jax.Array, exponent: jax.Array, level: jax.Array) -> tuple[GridArray, jax.Array]:
+def _update(param: GridArray, index: Array, exponent: Array, level: Array) -> tuple[GridArray, Array]:
     """What `optax.apply_updates` adds to a GridArray, and the exponents of the step after."""
     # In the dtype of the index, modulo its range: through int32 the sum would take a kernel of its own on TPUs.
     update = dataclasses.replace(param, index=index - param.index, exponent=exponent - param.exponent)
     return update, followed(exponent, level, weight_rule(param.format), param.grid, jnp.uint32(0))
 
 
-def _initial(param: Any, like: jax.Array) -> Any:
+def _initial(param: Any, like: Array) -> Any:
     """A momentum of zeros."""
     format = momentum_format(param.format) if is_grid_array(param) else None
     if format is None:

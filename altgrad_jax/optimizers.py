@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from altgrad_jax._checks import check_bool, check_number
+from altgrad_jax._checks import check_number
 from altgrad_jax.compress_state import compress_state
 from altgrad_jax.formats import FormatLike
 from altgrad_jax.grid_steps import on_values, scale_by_grid_steps
@@ -32,59 +32,40 @@ def manifold_adamw(
     """AdamW on gradients scaled by the stiffness of the grid, with a count of the ULPs moved: AltGrad's ManifoldAdamW.
 
     The chain `stiffness_precondition -> optax.scale_by_adam -> optax.add_decayed_weights ->
-    optax.scale_by_learning_rate -> track_ulp_position`, and nothing else.
-
-    Adam divides out any constant factor of a gradient: while no weight crosses a power of two this is AdamW with the
-    eps of each weight divided by its stiffness. See the README for what was measured.
-
-    Under `optax.inject_hyperparams` give a format as a string or a `FloatFormat` (a dtype class is callable, which
-    Optax takes for a schedule), and name `mu_dtype` and `mask` in `static_args`, as with `optax.adamw`; float16
-    parameters also need `hyperparam_dtype=jnp.float32`, as 1e6 exceeds float16.
+    optax.scale_by_learning_rate -> track_ulp_position`. Adam divides out constant factors: while no weight crosses a
+    power of two this is AdamW with the eps of each weight divided by its stiffness. The README has measurements. Under
+    `optax.inject_hyperparams` give a format as a string or a `FloatFormat` (a dtype class is callable, which Optax
+    takes for a schedule), and name `mu_dtype` and `mask` in `static_args`, as with `optax.adamw`; float16 parameters
+    also need `hyperparam_dtype=jnp.float32`, as 1e6 exceeds float16.
 
     Args:
         learning_rate: A number >= 0 or a schedule.
-        b1: Decay rate of the first moment, in [0, 1).
-        b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the root of the second moment, >= 0. It competes with gradients times stiffness: for a fine
-            grid, such as that of a 16-bit format, choose it as much smaller as the spacing is. float16 parameters
-            need 1e-4 or more: in float16 the default is 0, and Optax's Adam divides by it.
+        b1, b2: Decay rates of the first and the second moment, in [0, 1).
+        eps: Added to the root of the second moment, >= 0. It competes with gradients times stiffness: for a fine grid,
+            such as that of a 16-bit format, choose it as much smaller as the spacing is. float16 parameters need 1e-4
+            or more: in float16 the default is 0, and Optax's Adam divides by it.
         weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
-        manifold_aware: False turns the stiffness off, for comparisons: plain AdamW, with the same tracker. The
-            arguments of the stiffness are then checked, and unused.
-        mantissa_bits: As in `stiffness_precondition`: mantissa bits of the unbounded grid. Default: 2.
-        format: As in `stiffness_precondition` and `track_ulp_position`: the grid of both. Default: the unbounded
-            grid for the stiffness, the parameters' own dtype for the tracker.
-        max_stiffness: As in `stiffness_precondition`.
-        zero_stiffness: As in `stiffness_precondition`. Default: 1.
-        mu_dtype: Dtype of the first moment. Default: that of the parameters.
-        mask: Which leaves decay, as in `optax.adamw`: a tree of booleans or a function from parameters to one.
+        manifold_aware: False makes it plain AdamW with the same tracker; the stiffness's arguments are only checked.
+        mantissa_bits, max_stiffness, zero_stiffness: As in `stiffness_precondition`, with the same defaults.
+        format: The grid, as in `stiffness_precondition` and in `track_ulp_position`, with the default of each.
+        mu_dtype, mask: As in `optax.adamw`: the dtype of the first moment, and which leaves decay.
 
     Returns:
         A transformation whose update needs the parameters; `optax.tree.get(state, "ulp_position")` finds the count.
 
-    Raises:
-        ValueError: If a number is out of bounds, or `format` comes with an argument that it excludes.
-        TypeError: If an argument is of the wrong type, or parameters are of an unsupported dtype.
-
     References:
-        The AltGrad project, ManifoldAdamW. Loshchilov, Hutter (2019), Decoupled Weight Decay Regularization,
-        arXiv 1711.05101.
+        Loshchilov, Hutter (2019), Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
-        >>> tx = ag.manifold_adamw(0.01, mantissa_bits=3)
-        >>> params = {"w": jnp.array([1.0, -0.3])}
+        >>> tx, params = ag.manifold_adamw(0.01, mantissa_bits=3), {"w": jnp.array([1.0, -0.3])}
         >>> updates, state = tx.update({"w": jnp.array([0.2, -0.1])}, tx.init(params), params)
         >>> optax.apply_updates(params, updates)
         {'w': Array([ 0.98990005, -0.2899701 ], dtype=float32)}
     """
-    if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, "[0, inf)")
-    check_number("b1", b1, "[0, 1)")
-    check_number("b2", b2, "[0, 1)")
-    check_number("eps", eps, "[0, inf)")
-    check_number("weight_decay", weight_decay, "[0, inf)")
-    check_bool("manifold_aware", manifold_aware)
+    _check_numbers(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    if not isinstance(manifold_aware, bool):
+        raise TypeError(f"manifold_aware must be True or False, got {manifold_aware!r}.")
     precondition = stiffness_precondition(
         mantissa_bits, format=format, max_stiffness=max_stiffness, zero_stiffness=zero_stiffness
     )
@@ -110,38 +91,26 @@ def grid_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW for parameters stored on a grid, without a float32 copy and with its moments in one byte each.
 
-    The chain
-
-        compress_state(on_grid(chain(scale_by_rms -> add_decayed_weights -> scale_by_learning_rate), momentum=b1))
-
-    that is AdamW with the momentum behind the division by the root of the second moment and behind the weight decay
-    and the learning rate, where it carries what rounding loses. The same works around any other optimizer.
+    It is `compress_state(on_grid(chain(scale_by_rms, add_decayed_weights, scale_by_learning_rate), momentum=b1))`:
+    AdamW with the momentum behind the division by the root of the second moment and behind the weight decay and the
+    learning rate, where it carries what rounding loses. The same works around any other optimizer.
 
     Args:
-        learning_rate: A number >= 0 or a schedule.
+        learning_rate, eps, weight_decay, mask: As in `manifold_adamw`.
         b1: Decay rate of the momentum, in [0, 1). 0 keeps none, and its byte: for weights with fraction bits.
         b2: Decay rate of the second moment, in [0, 1).
-        eps: Added to the root of the second moment, >= 0.
-        weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
         second_moment: "8bit", or "float32" without `compress_state`.
         seed: Of the random words, as in `on_grid`.
-        mask: Which leaves decay, as in `optax.adamw`: a tree of booleans or a function from parameters to one.
 
     Returns:
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
 
-    Raises:
-        ValueError: If an argument is out of bounds.
-        TypeError: If an argument is of the wrong type.
-
     References:
-        Ziyin, Wang, Ueda (2020), LaProp: Separating Momentum and Adaptivity in Adam, arXiv 2002.04839. Loshchilov,
-        Hutter (2019), Decoupled Weight Decay Regularization, arXiv 1711.05101.
+        Ziyin, Wang, Ueda (2020), LaProp: Separating Momentum and Adaptivity in Adam, arXiv 2002.04839.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
-        >>> params = ag.to_grid({"kernel": jnp.array([[0.5, -1.0]])})
-        >>> tx = ag.grid_adamw(0.1)
+        >>> params, tx = ag.to_grid({"kernel": jnp.array([[0.5, -1.0]])}), ag.grid_adamw(0.1)
         >>> grads = {"kernel": jnp.array([[1.0, -1.0]])}   # with respect to ag.from_grid(params)
         >>> updates, state = tx.update(grads, tx.init(params), params)
         >>> ag.from_grid(optax.apply_updates(params, updates))["kernel"].shape
@@ -149,12 +118,7 @@ def grid_adamw(
     """
     if second_moment not in ("8bit", "float32"):
         raise ValueError(f"second_moment must be '8bit' or 'float32', got {second_moment!r}.")
-    if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, "[0, inf)")
-    check_number("b1", b1, "[0, 1)")
-    check_number("b2", b2, "[0, 1)")
-    check_number("eps", eps, "[0, inf)")
-    check_number("weight_decay", weight_decay, "[0, inf)")
+    _check_numbers(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     inner = optax.chain(
         optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
         optax.add_decayed_weights(weight_decay, mask),
@@ -175,46 +139,35 @@ def grid_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum that moves weights by whole grid steps, whatever their size: AltGrad's GridOptim, corrected.
 
-    The chain `optax.add_decayed_weights -> optax.trace -> optax.scale_by_learning_rate -> scale_by_grid_steps`: the
-    learning rate says how many steps a unit of the momentum is. Parameters that are no GridArrays are trained by the
-    same chain without its last part, that is by SGD with the same learning rate.
+    The chain `optax.add_decayed_weights -> optax.trace -> optax.scale_by_learning_rate -> scale_by_grid_steps`.
+    Parameters that are no GridArrays are trained by the same chain without its last part, that is by SGD.
 
     Args:
         learning_rate: Grid steps per unit of momentum, a number >= 0 or a schedule.
         momentum: Decay rate of the sum of the gradients, in [0, 1).
         weight_decay: >= 0; its multiple of the weights, in real units, is added to the gradients.
-        max_steps: As in `scale_by_grid_steps`: bound of the steps of one update.
-        seed: As in `scale_by_grid_steps`.
+        max_steps, seed: As in `scale_by_grid_steps`: the bound of the steps of one update, and of the random words.
 
     Returns:
-        A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
-
-    Raises:
-        ValueError: If an argument is out of bounds.
-        TypeError: If an argument is of the wrong type.
-
-    References:
-        The AltGrad project, GridOptim.
+        As from `grid_adamw`.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
-        >>> params = ag.to_grid(jnp.array([[1.0, -0.5, 0.25, 2.0]]))
-        >>> tx = ag.grid_sgd(1.0)
+        >>> params, tx = ag.to_grid(jnp.array([[1.0, -0.5, 0.25, 2.0]])), ag.grid_sgd(1.0)
         >>> updates, state = tx.update(jnp.array([[2.0, -3.0, 0.0, 20.0]]), tx.init(params), params)
         >>> ag.from_grid(optax.apply_updates(params, updates))
         Array([[ 0.875  , -0.40625,  0.25   ,  0.875  ]], dtype=float32)
     """
+    _check_numbers(learning_rate, momentum=momentum, weight_decay=weight_decay)
+    sgd = optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+    )
+    return optax.chain(on_values(sgd), scale_by_grid_steps(max_steps, seed=seed))
+
+
+def _check_numbers(learning_rate: optax.ScalarOrSchedule, **numbers: float) -> None:
+    """Raises unless learning rate, eps and weight decay are >= 0 and all others, which are decay rates, in [0, 1)."""
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, "[0, inf)")
-    check_number("momentum", momentum, "[0, 1)")
-    check_number("weight_decay", weight_decay, "[0, inf)")
-    return optax.chain(
-        on_values(
-            optax.chain(
-                optax.add_decayed_weights(weight_decay),
-                optax.trace(momentum),
-                optax.scale_by_learning_rate(learning_rate),
-            )
-        ),
-        scale_by_grid_steps(max_steps, seed=seed),
-    )
+    for name, number in numbers.items():
+        check_number(name, number, "[0, inf)" if name in ("eps", "weight_decay") else "[0, 1)")

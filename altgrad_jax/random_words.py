@@ -1,7 +1,6 @@
 """Random words as a function of seed, step, path and position alone: the same on any sharding and after any restart.
 
-A counter-based generator fuses into the kernel that uses its words, where `jax.random.bits` costs ten times the
-rounding itself, and no sharding of an array can change its result.
+A counter-based generator fuses into the kernel that uses it, where `jax.random.bits` costs ten times the rounding.
 """
 
 import functools
@@ -24,37 +23,24 @@ def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple
 
 @functools.partial(jax.jit, static_argnames="shape", inline=True)
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 random bits per element, as a function of two words and the position of the element alone.
+    """32 random bits per element, uint32, as a function of two words and the position of the element alone.
 
     Args:
-        key: Two uniform words, uint32 of shape `[2]`. Keys that differ in a bit of the second alone give words that
-            are correlated; `leaf_keys` makes none such.
-        shape: Shape of the result.
-
-    Returns:
-        uint32 of the shape.
-
-    Raises:
-        ValueError: If a dimension, or the product of those behind it, has more than 2**32 elements.
+        key: Uniform words, uint32 `[2]`, as from `leaf_keys`; keys that differ in a bit of the second alone correlate.
+        shape: Of the result; a ValueError if a dimension, or the product of those behind it, exceeds 2**32.
     """
     low, high = _counter(shape)
     return jnp.broadcast_to((mix(mix(high + key[0]) + low) ^ key[1]) * np.uint32(0x9E3779B1), shape)
 
 
 def second_word(word: jax.Array) -> jax.Array:
-    """Another word for the same element, a bijection of the first by one multiplication.
-
-    Its upper bits depend on all bits of the first word, and a decision takes the upper bits of either.
-    """
+    """Another word for an element: a bijection of the first; its upper bits, which decide, depend on all bits of it."""
     return word * np.uint32(0x85EBCA6B)
 
 
 def mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that changes half of the output bits with every input bit.
-
-    References:
-        C. Wellons, hash-prospector (public domain): the lowbias32 family, bias 0.108.
-    """
+    """A bijection of uint32 that changes half of the output bits with every input bit."""
+    # Of the lowbias32 family, bias 0.108: C. Wellons, hash-prospector (public domain).
     x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
     return x ^ (x >> 15)

@@ -16,49 +16,33 @@ from altgrad_jax.scales import power_of_two_scale
 def round_nearest(x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """Rounds to the nearest number of a format, ties to the even index, saturating.
 
-    Agrees with a cast to the dtype, for formats that are dtypes, inside the finite range; beyond it the cast gives
-    NaN or infinity and this the largest value.
-
     Args:
-        x: Real numbers. Shape `[...]`, any floating dtype.
-        format: Anything that `as_format` accepts.
+        x, format: As in `spacing`.
 
     Returns:
-        Numbers of the format, float32 (float64 for float64 x), shape `[...]`; +-max beyond the largest value, also
-        for infinities; NaN for NaN; the sign of a zero is kept.
-
-    Raises:
-        TypeError: If x is not floating.
-        ValueError: If the format is unknown.
+        Numbers of the format, float32 (float64 for float64 x), shape `[...]`; NaN for NaN; the sign of a zero is kept.
+        As a cast to the dtype, for formats that are dtypes, but +-max beyond the largest value, also for infinities.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
         >>> ag.round_nearest(jnp.array([1.0625, 1.07, -1.1875, 1e9]), "float8_e4m3fn")
         Array([  1.   ,   1.125,  -1.25 , 448.   ], dtype=float32)
     """
-    x, format = as_real(x), as_format(format)
-    return _rounded(x, None, format)
+    return _rounded(as_real(x), None, as_format(format))
 
 
 def round_stochastic(key: jax.Array, x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
     """Rounds to one of the two neighbouring numbers of a format at random, such that the mean is x.
 
     The probability of the neighbour away from zero is exactly the distance to the other one in steps, for float32 x in
-    the normal range of a format; below it that is rounded down, a bias of at most 2**-20 steps (2**-27 in 8 bits with
-    three mantissa bits).
+    a format's normal range; below, that is rounded down, by at most 2**-20 steps (2**-27 with 8 bits, 3 of mantissa).
 
     Args:
         key: PRNG key; consumed. The same key, x and format give the same result under jit, vmap and any sharding.
-        x: Real numbers. Shape `[...]`, any floating dtype.
-        format: Anything that `as_format` accepts.
+        x, format: As in `spacing`.
 
     Returns:
-        Numbers of the format, float32 (float64 for float64 x), shape `[...]`: x itself where it is one, +-max beyond
-        the largest value, NaN for NaN.
-
-    Raises:
-        TypeError: If x is not floating.
-        ValueError: If the format is unknown.
+        As from `round_nearest`; x itself where it is a number of the format.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp
@@ -73,26 +57,20 @@ def round_stochastic(key: jax.Array, x: jax.typing.ArrayLike, format: FormatLike
 def fake_quantize(x: jax.typing.ArrayLike, format: FormatLike, scale: jax.typing.ArrayLike | None = None) -> jax.Array:
     """Rounds to the nearest multiple, by a scale, of a number of a format; gradients pass straight through.
 
-    Computes `scale * round_nearest(x / scale)`, with derivative 1 where |x / scale| <= max, 0 where it saturates,
-    and none with respect to the scale, in forward and reverse mode (the straight-through estimator).
+    Computes `scale * round_nearest(x / scale)`, with derivative 1 where |x / scale| <= max, 0 where it saturates, and
+    none with respect to the scale, in forward and reverse mode (the straight-through estimator).
 
     Args:
-        x: Real numbers. Shape `[...]`, any floating dtype.
-        format: Anything that `as_format` accepts.
-        scale: Positive real numbers that broadcast against x, as `[..., 1]` for one scale per row; the result is
-            exact only if they are powers of two. Default: `power_of_two_scale(x, format)`, one for all of x, under
-            which nothing saturates (but for formats that end below 1, next to the largest float32).
+        x, format: As in `spacing`.
+        scale: Real numbers that broadcast against x, as `[..., 1]` for one per row; positive, finite (or a ValueError,
+            but for jax arrays). Exact only for powers of two. Default: `power_of_two_scale(x, format)`, one for all of
+            x, under which nothing saturates (but for formats that end below 1, next to the largest float32).
 
     Returns:
         Quantized numbers in the dtype of x, shape `[...]`. All NaN under the default scale if x is not finite.
 
-    Raises:
-        TypeError: If x is not floating.
-        ValueError: If the format is unknown, or a scale that is no jax array is not positive and finite.
-
     References:
-        Bengio, Leonard, Courville (2013), Estimating or Propagating Gradients Through Stochastic Neurons for
-        Conditional Computation, arXiv 1308.3432.
+        Bengio, Leonard, Courville (2013), arXiv 1308.3432.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp

@@ -52,17 +52,9 @@ def moment_rule(format: FloatFormat) -> Rule:
 
 
 def followed(exponent: jax.Array, level: jax.Array, rule: Rule, format: FloatFormat, step: jax.Array) -> jax.Array:
-    """The exponents of the next step.
+    """The exponents of the next step, int8: from those of this step and the levels of what rows were about to store.
 
-    Args:
-        exponent: Those of this step, int8, one for every row.
-        level: Levels of what the rows were about to store, int32, of the same shape.
-        rule: The rule.
-        format: The format that is stored, for its range.
-        step: Number of the step, uint32, [].
-
-    Returns:
-        int8. Rows of zeros keep theirs.
+    Rows of zeros keep theirs. The format is the one that is stored, for its range; the step is uint32, [].
     """
     excess = ((level - rule.full) >> 3) + 1
     shrinks = (level < rule.empty) & (level > EMPTY)
@@ -86,13 +78,10 @@ def with_level(
 
     Args:
         indices: What is stored, int32, shape `[...]`, and the dtypes in which.
-        magnitude: Bits, without the sign, of what the elements are about to become, divided by their scale: int32,
-            shape `[...]`; 0 for what is not finite.
-        shape: That of the exponents: 1 in each dimension that shares one.
+        magnitude: Bits of the magnitudes that elements are about to have in units of their scale, int32, `[...]`; 0 for
+            what is not finite.
+        shape: That of the exponents, 1 in each dimension that shares one, and of the levels, int32.
         format: The format whose top binade has level 0.
-
-    Returns:
-        What is stored in the dtypes, and levels, int32, of the shape of the exponents.
     """
     arrays, dtypes = zip(*indices, strict=True)
     shared = [axis for axis in range(magnitude.ndim) if shape[axis] == 1]
@@ -141,21 +130,14 @@ def power_of_two_scale(
 ) -> jax.Array:
     """The smallest power of two by which a format must be scaled to reach every element: 2**ceil(log2(amax / max)).
 
-    A power of two moves no number off its grid when the weights change, as a scale of `amax / max` would.
-
     Args:
-        x: Real numbers. Shape `[...]`, any floating dtype.
+        x: Real numbers, any floating dtype (else a TypeError), shape `[...]`.
         format: Anything that `as_format` accepts.
         axis: The axes over which the largest magnitude is taken, kept with size 1: `-1` gives a scale per row.
             Default: all of them, and a scalar.
 
     Returns:
-        Scales, float32 (float64 for float64 x); 1 where x is all zero, NaN where it is not finite. Within the normal
-        range of their dtype.
-
-    Raises:
-        TypeError: If x is not floating.
-        ValueError: If the format is unknown.
+        Scales, float32 (float64 for float64 x), normal numbers; 1 where x is all zero, NaN where it is not finite.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp

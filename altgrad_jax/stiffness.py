@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree
 from altgrad_jax._floats import as_real, compiled, floor_log2, power_of_two
@@ -22,42 +23,30 @@ def stiffness_precondition(
     max_stiffness: float = 1e6,
     zero_stiffness: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by the stiffness of the grid at each parameter.
+    """Multiplies updates by the stiffness of the grid at each parameter, as in AltGrad's ManifoldAdamW.
 
     The stiffness is the derivative of the value with respect to the position on the grid, so the product is, by the
-    chain rule, the gradient with respect to the position. Without a `format` it is that of an unbounded
-    floating-point grid, `2 ** (floor(log2(abs(w))) - mantissa_bits)`; with one it is `spacing(w, format)`.
-
-    Needs the parameters. Belongs before `optax.scale_by_adam`, where the reference has it, or after it. Before it,
-    Adam divides the stiffness out again, up to its eps and to the weights that cross a power of two; after it, every
-    weight moves by a number of ULPs that does not depend on its size.
+    chain rule, the gradient with respect to the position. Belongs before `optax.scale_by_adam`, where AltGrad has it,
+    or after it. Before it, Adam divides the stiffness out again, up to its eps and to the weights that cross a power of
+    two; after it, every weight moves by a number of ULPs that does not depend on its size.
 
     Args:
-        mantissa_bits: Mantissa bits of the unbounded grid, an integer in [0, 23]. Default: 2. Excludes `format`.
-        format: Anything that `as_format` accepts: the grid whose spacing is meant.
+        mantissa_bits: An integer in [0, 23], default 2: without a format the stiffness is that of an unbounded
+            floating-point grid, `2 ** (floor(log2(abs(w))) - mantissa_bits)`. Excludes `format`.
+        format: Anything that `as_format` accepts: the stiffness is then `spacing(w, format)`.
         max_stiffness: Upper bound of the stiffness, in (0, inf].
-        zero_stiffness: Stiffness of the unbounded grid where a parameter is 0, in [0, inf). Default: 1. Excludes
-            `format`, under which the stiffness at 0 is the smallest positive value.
+        zero_stiffness: Stiffness of the unbounded grid at parameters of 0, in [0, inf), default 1. Excludes `format`.
 
     Returns:
-        A transformation without a state. Its update keeps the dtype of the incoming updates and forms the product in
-        float32 (float64 for float64 parameters). With a format it takes the extra argument `grid_scale`: a tree like
-        the parameters of arrays that broadcast against them, in real units per unit of the format, 1 where the grid is
-        not scaled; `spacing(w, format)` then becomes `grid_scale * spacing(w / grid_scale, format)`.
-
-    Raises:
-        ValueError: If an argument is out of bounds, `format` comes with an argument that it excludes, or an update
-            has no parameters or parameters of another tree structure or shape.
-        TypeError: If parameters are of a dtype other than float32, bfloat16, float16 and float64.
-
-    References:
-        The AltGrad project, ManifoldAdamW.
+        A stateless transformation that needs the parameters, in float32, bfloat16, float16 or float64 (else a
+        TypeError). It forms the product in float32 (float64 for float64 parameters) and keeps the updates' dtype. With
+        a format it takes the extra argument `grid_scale`, a tree like the parameters of arrays that broadcast against
+        them: real units per unit of the format (1: unscaled). The stiffness is `grid_scale * spacing(w / grid_scale)`.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
         >>> tx = optax.chain(ag.stiffness_precondition(3), optax.scale_by_adam(), optax.scale_by_learning_rate(0.1))
-        >>> params = jnp.array([1.0, -5.0, 0.0])
-        >>> ag.stiffness_precondition(3).update(jnp.ones(3), optax.EmptyState(), params)[0]
+        >>> ag.stiffness_precondition(3).update(jnp.ones(3), optax.EmptyState(), jnp.array([1.0, -5.0, 0.0]))[0]
         Array([0.125, 0.5  , 1.   ], dtype=float32)
     """
     check_number("max_stiffness", max_stiffness, "(0, inf]")
@@ -107,34 +96,23 @@ def track_ulp_position(format: FormatLike | None = None) -> optax.GradientTransf
 
     Adds `(w_after - w_before) / spacing(w_before)` at each step, where `w_after` is the parameter as
     `optax.apply_updates` will store it, rounded to its dtype. Where `w_before` is 0, or its spacing below 2**-126
-    (which XLA flushes), the largest of the spacings before and after and 2**-126 divides instead.
+    (which XLA flushes), the largest of the spacings before and after and 2**-126 divides instead. AltGrad's
+    `bit_position` has half of this ULP at negative powers of two, and is infinite after a move from 0.
 
-    Needs the parameters. Belongs at the end of a chain, after the learning rate, as it must see the final update.
-    Around an `on_grid` it counts the steps that the stored parameters really move, in ULPs of their own format;
-    inside of it the movement that is intended.
+    Belongs at the end of a chain, after the learning rate, to see the final update. Around an `on_grid` it counts the
+    steps that the stored parameters really move, in ULPs of their own format; inside, the intended movement.
 
     Args:
-        format: Anything that `as_format` accepts: the grid whose ULPs are counted for parameters that are no
-            GridArrays. Default: each parameter's own dtype.
+        format: The grid whose ULPs are counted, as in `spacing`; default: each parameter's own, as for GridArrays.
 
     Returns:
-        A transformation with a `UlpPositionState`. Positions are finite for finite parameters and saturate at the
-        largest float32; integral moves add up exactly while they stay within 2**24. With a format it takes the extra
-        argument `grid_scale` of `stiffness_precondition`.
-
-    Raises:
-        ValueError: If the format is unknown, or an update has no parameters or parameters of another tree
-            structure or shape.
-        TypeError: If parameters are of a dtype other than float32, bfloat16, float16 and float64.
-
-    References:
-        The AltGrad project, the `bit_position` of ManifoldAdamW. Its ULP is half of this one at negative powers of
-        two, and its position becomes infinite after any move from 0.
+        A transformation with a `UlpPositionState` that needs the parameters, of the dtypes of `stiffness_precondition`,
+        and takes its `grid_scale` with a format. Positions are finite for finite parameters and saturate at the largest
+        float32; integral moves add up exactly while they stay within 2**24.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
-        >>> tx = optax.chain(optax.sgd(1.0), ag.track_ulp_position("float8_e4m3fn"))
-        >>> params = jnp.array([1.0, -4.0, 0.0])
+        >>> params, tx = jnp.array([1.0, -4.0, 0]), optax.chain(optax.sgd(1.0), ag.track_ulp_position("float8_e4m3fn"))
         >>> updates, state = tx.update(jnp.array([-0.25, -0.25, 0.5]), tx.init(params), params)
         >>> optax.tree.get(state, "ulp_position")
         Array([ 2. ,  0.5, -8. ], dtype=float32)
@@ -151,10 +129,12 @@ def track_ulp_position(format: FormatLike | None = None) -> optax.GradientTransf
 
         def leaf(w, position, u, scale):
             if is_grid_array(w):
-                return _saturate(position + signed_steps(u, w).astype(jnp.float32) / 2.0**w.fraction_bits)
-            if format is None:
-                return _saturate(position + ulps_moved(w, u, own_format(jnp.result_type(w))))
-            return _saturate(position + ulps_moved(w, u, format, scale))
+                ulps = signed_steps(u, w).astype(jnp.float32) / 2.0**w.fraction_bits
+            elif format is None:
+                ulps = ulps_moved(w, u, own_format(jnp.result_type(w)))
+            else:
+                ulps = ulps_moved(w, u, format, scale)
+            return jnp.clip(position + ulps, jnp.finfo(jnp.float32).min, jnp.finfo(jnp.float32).max)
 
         positions = map_stored(leaf, params, state.ulp_position, updates, grid_scale)
         return jax.tree.map(_pinned, updates), UlpPositionState(positions)
@@ -164,11 +144,7 @@ def track_ulp_position(format: FormatLike | None = None) -> optax.GradientTransf
 
 @functools.partial(jax.jit, inline=True)
 def stiffened(
-    g: jax.Array,
-    w: jax.Array,
-    mantissa_bits: jax.typing.ArrayLike,
-    zero_stiffness: jax.typing.ArrayLike,
-    max_stiffness: jax.typing.ArrayLike,
+    g: jax.Array, w: jax.Array, mantissa_bits: ArrayLike, zero_stiffness: ArrayLike, max_stiffness: ArrayLike
 ) -> jax.Array:
     """g * min(2 ** (floor(log2(abs(w))) - mantissa_bits), max_stiffness), in the dtype of g."""
     w = as_real(w)
@@ -182,7 +158,7 @@ def stiffened(
 
 
 @compiled
-def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: jax.typing.ArrayLike = 1.0) -> jax.Array:
+def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: ArrayLike = 1.0) -> jax.Array:
     """Signed ULPs of a scaled format, float32, by which an update moves w as it will be stored."""
     before = as_real(w)
     after = _as_stored(before + _as_stored(as_real(update), update), w).astype(before.dtype)
@@ -200,11 +176,8 @@ def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _pinned(update: Any) -> Any:
-    """The update itself, in float16 in a form that XLA cannot leave unrounded where it is applied.
-
-    On CPUs with float16 arithmetic it would contract a product and the sum with the parameter to one operation, and
-    store another number than the one that is counted.
-    """
+    """The update itself, in float16 in a form that XLA cannot leave unrounded where it is applied."""
+    # On CPUs with float16 arithmetic XLA would contract a product and the sum, and not store what is counted.
     if jnp.result_type(update) != jnp.float16:
         return update
     return jnp.where(jnp.isfinite(update), _as_stored(as_real(update), update).astype(jnp.float16), update)
@@ -212,10 +185,6 @@ def _pinned(update: Any) -> Any:
 
 def _without_grid_arrays(tree: Any) -> Any:
     return map_stored(lambda leaf: None if is_grid_array(leaf) else leaf, tree)
-
-
-def _saturate(ulps: jax.Array) -> jax.Array:
-    return jnp.clip(ulps, -jnp.finfo(jnp.float32).max, jnp.finfo(jnp.float32).max)
 
 
 def _check_update(transformation: str, updates: Any, params: Any, grid_scale: Any) -> Any:

@@ -51,6 +51,8 @@ class TestStoredWeights:
         [
             ("on_grid(momentum)", 6.1, 140, 1),
             ("grid_adamw", 8.1, 200, 1),
+            ("grid_adamw, a schedule", 8.1, 200, 1),
+            ("grid_adamw, float32 gradients", 10.1, 200, 1),
             ("grid_adamw, 2-byte weight", 8.1, 135, 1),
             ("on_grid(optax.adamw)", 22.1, 85, 1),
         ],

@@ -22,8 +22,8 @@ in the rows of grid_adamw with 8-bit moments and of the momentum alone bfloat16.
 parameters and state and one write of the latter two. The step is an ordinary one: the conditional that gives moments
 their first exponents, which the compiler would count as if it were always taken, is left out. On many leaves XLA also
 prefetches, which counts, and merges leaves of one shape that draw random words. A momentum beside a float32 second
-moment takes two kernels, and so does a schedule of the learning rate: a scalar that the compiler does not know changes
-what it fuses.
+moment takes two kernels. What decides is how many operands a kernel has: a step may add one more array, or scale per
+row, or scalar that the compiler does not know, and become three kernels.
 """
 
 import argparse
@@ -71,6 +71,7 @@ STORED = {
     "grid_adamw, f32 second moment": (ag.grid_adamw(1e-3, second_moment="float32"), 0, jnp.float32),
     "grid_adamw": (ag.grid_adamw(1e-3), 0, jnp.bfloat16),
     "grid_adamw, a schedule": (ag.grid_adamw(optax.cosine_decay_schedule(1e-3, 1000)), 0, jnp.bfloat16),
+    "grid_adamw, float32 gradients": (ag.grid_adamw(optax.cosine_decay_schedule(1e-3, 1000)), 0, jnp.float32),
     "grid_adamw, 2-byte weight": (ag.grid_adamw(1e-3, b1=0), 8, jnp.bfloat16),
 }
 
