@@ -31,10 +31,10 @@ def leading(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, integer) & field, x.dtype)
 
 
-def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """2**exponent, exact; the exponent must be that of a normal number of the dtype."""
+def power_of_two(exponent: jax.typing.ArrayLike, dtype: Any = jnp.float32) -> jax.Array:
+    """2**exponent, exact; the exponent, of any integer dtype, must be that of a normal number of the dtype."""
     info = jnp.finfo(dtype)
-    field = (exponent - (info.minexp - 1)).astype(_INTEGERS[info.bits])
+    field = jnp.asarray(exponent, _INTEGERS[info.bits]) - (info.minexp - 1)
     return lax.bitcast_convert_type(field << info.nmant, dtype)
 
 

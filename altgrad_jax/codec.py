@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from altgrad_jax._floats import power_of_two
 from altgrad_jax.formats import FloatFormat
 
 _SIGN = np.int32(-(2**31))
@@ -61,7 +62,8 @@ def encode(
     """
     rest_bits = rest_bits_of(format)
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    steps = _fixed_point(scaled_magnitude(x, exponent), format, sticky=word is None)
+    scaled = x * power_of_two(-jnp.asarray(exponent, jnp.int32))
+    steps = _fixed_point(magnitude(scaled), format, sticky=word is None)
     if word is not None and rest_bits:
         steps += (word >> (32 - rest_bits)).astype(jnp.int32)
     elif rest_bits:
@@ -95,35 +97,35 @@ def decode(index: jax.Array, exponent: jax.typing.ArrayLike, format: FloatFormat
     number = index.astype(jnp.float32) * np.float32(format.smallest_subnormal)
     if format.exponent_bits:
         # An index counts the codes of the format: shifted and rebiased it is the code of a float32.
-        magnitude = jnp.abs(index) if format.signed else index
-        code = (magnitude + ((format.minexp + 126) << format.mantissa_bits)) << (23 - format.mantissa_bits)
+        steps = jnp.abs(index) if format.signed else index
+        code = (steps + ((format.minexp + 126) << format.mantissa_bits)) << (23 - format.mantissa_bits)
         normal = lax.bitcast_convert_type(code | (index & _SIGN) if format.signed else code, jnp.float32)
-        number = jnp.where(magnitude < 2**format.mantissa_bits, number, normal)
+        number = jnp.where(steps < 2**format.mantissa_bits, number, normal)
     # Scaled in float32: integer operations with a scale per row keep XLA from making one kernel of a step on a TPU.
-    return jnp.where(index == nan_index(format), jnp.nan, number * _power_of_two(exponent))
+    return jnp.where(index == nan_index(format), jnp.nan, number * power_of_two(exponent))
 
 
-def scaled_magnitude(x: jax.Array, exponent: jax.typing.ArrayLike) -> jax.Array:
-    """Bits of |x| * 2**-exponent, int32."""
-    return lax.bitcast_convert_type(x * _power_of_two(-jnp.asarray(exponent, jnp.int32)), jnp.int32) & ~_SIGN
+def magnitude(x: jax.Array) -> jax.Array:
+    """Bits of |x|, int32, which are ordered as |x| is; x is float32."""
+    return lax.bitcast_convert_type(x, jnp.int32) & ~_SIGN
 
 
 def narrowed(x: jax.Array) -> jax.Array:
     """Casts to float32; float64 so that the result rounds to fewer bits as x itself would, to odd."""
-    if x.dtype != jnp.float64:
-        return x.astype(jnp.float32)
     near = x.astype(jnp.float32)
+    if x.dtype != jnp.float64:
+        return near
     bits, error = lax.bitcast_convert_type(near, jnp.int32), x - near.astype(jnp.float64)
     away = jnp.where((error > 0) == (near > 0), 1, -1)
     odd = lax.bitcast_convert_type(jnp.where(bits & 1 == 1, bits, bits + away), jnp.float32)
     return jnp.where((error == 0) | ~jnp.isfinite(error), near, odd)
 
 
-def _fixed_point(magnitude: jax.Array, format: FloatFormat, sticky: bool) -> jax.Array:
+def _fixed_point(bits: jax.Array, format: FloatFormat, sticky: bool) -> jax.Array:
     """|x| as a fractional index with `rest_bits` bits behind the point, saturating; int32."""
     mantissa_bits, rest_bits = format.mantissa_bits, rest_bits_of(format)
     # Below the normal range an index is a number of steps.
-    real = lax.bitcast_convert_type(magnitude, jnp.float32)
+    real = lax.bitcast_convert_type(bits, jnp.float32)
     if exponent_range(format) == (0, 0):
         real *= 0  # XLA flushes what is below the normal range of float32.
     else:
@@ -136,10 +138,6 @@ def _fixed_point(magnitude: jax.Array, format: FloatFormat, sticky: bool) -> jax
     if not format.exponent_bits:
         return below
     # Within it, it counts the codes of the format, which are leading bits of those of float32.
-    above = magnitude - ((format.minexp + 126) << 23)
+    above = bits - ((format.minexp + 126) << 23)
     above = jnp.minimum(above, format.max_index << (23 - mantissa_bits)) << (rest_bits - 23 + mantissa_bits)
-    return jnp.where(magnitude < ((format.minexp + 127) << 23), below, above)
-
-
-def _power_of_two(exponent: jax.typing.ArrayLike) -> jax.Array:
-    return lax.bitcast_convert_type((jnp.asarray(exponent, jnp.int32) + 127) << 23, jnp.float32)
+    return jnp.where(bits < ((format.minexp + 127) << 23), below, above)

@@ -12,11 +12,11 @@ from jax import lax
 
 from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real, power_of_two
-from altgrad_jax.codec import encode, exponent_range, index_dtype, scaled_magnitude
+from altgrad_jax.codec import encode, exponent_range, index_dtype, magnitude
 from altgrad_jax.formats import FloatFormat, as_format
 from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array
 from altgrad_jax.random_words import leaf_keys, random_words
-from altgrad_jax.scales import EMPTY, UNSET, fitted, followed, moment_rule, with_level
+from altgrad_jax.scales import EMPTY, UNSET, fitted, followed, moment_rule, row_maximum, row_shape, with_level
 
 # Three mantissa bits and 2**18 between the smallest and the largest number.
 FIRST = as_format("E4M3")
@@ -76,18 +76,10 @@ def compress_state(
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
         >>> tx = ag.compress_state(optax.adamw(3e-3))
         >>> state = tx.init({"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)})
-        >>> moments = state.inner_state  # `exponent` is a tree of the same names.
-        >>> optax.tree.get(moments, "mu")["kernel"], optax.tree.get(moments, "nu")["kernel"]
-        (GridArray(E4M3, shape=(64, 128), int8 + int8[64,1]),
-         GridArray(moment_e5m3, shape=(64, 128), uint8 + int8[64,1]))
+        >>> optax.tree.get(state.inner_state, "nu")["kernel"]  # state.exponent is a tree of the same names.
+        GridArray(moment_e5m3, shape=(64, 128), uint8 + int8[64,1])
     """
-    first, second = _names("first", first), _names("second", second)
-    if set(first) & set(second):
-        raise ValueError(f"first and second must not share names, got {sorted(set(first) & set(second))} in both.")
-    check_number("seed", seed, "[0, 4294967295]", integer=True)
-    if isinstance(min_size, jax.Array):
-        raise TypeError(f"min_size must be a number, got {min_size}: name it in the static_args of inject_hyperparams.")
-    check_number("min_size", min_size, "[0, inf)")
+    _check_arguments(first, second, seed, min_size)
     inner = optax.with_extra_args_support(inner)
 
     def leaf(moment, name):
@@ -132,13 +124,13 @@ def _stored(x, like, exponent, key, step):
     exponent = jnp.where(unset, exponent_range(format)[0], exponent).astype(jnp.int8)
     x = as_real(x).astype(jnp.float32)
     # An infinite moment saturates like any large one: of a finite gradient whose square is beyond float32.
-    scaled = jnp.clip(x * power_of_two(-exponent.astype(jnp.int32), jnp.float32), -_LARGEST, _LARGEST)
-    magnitude = jnp.where(jnp.isnan(x), 0, scaled_magnitude(scaled, 0))
+    scaled = jnp.clip(x * power_of_two(-exponent.astype(jnp.int32)), -_LARGEST, _LARGEST)
+    reach = jnp.where(jnp.isnan(x), 0, magnitude(scaled))
     if not format.signed:
         # A nonzero second moment that becomes 0 would make its element move by any distance.
         scaled = jnp.where(x > 0, jnp.maximum(scaled, format.smallest_subnormal), scaled)
     index = encode(scaled, 0, format, random_words(key, x.shape))
-    (index,), level = with_level([(index, index_dtype(format))], magnitude, exponent.shape, format)
+    (index,), level = with_level([(index, index_dtype(format))], reach, exponent.shape, format)
     following = followed(exponent, level, moment_rule(format), format, step)
     moment = dataclasses.replace(like, index=index, exponent=exponent)
     return moment, jnp.where(unset & (level == EMPTY), UNSET, following).astype(jnp.int8)
@@ -146,22 +138,18 @@ def _stored(x, like, exponent, key, step):
 
 def _first_exponents(exponents: list, gradients: list, moments: list[GridArray]) -> list:
     """Exponents of rows that were never other than zero: from their largest gradients, in the step that brings them."""
-    if not exponents:
-        return []
 
     def from_gradients(exponents, gradients):
         return [_from_gradient(*leaf) for leaf in zip(exponents, gradients, moments, strict=True)]
 
-    some = jnp.any(jnp.stack([jnp.any(exponent == UNSET) for exponent in exponents]))
+    some = jnp.any(jnp.array([jnp.any(exponent == UNSET) for exponent in exponents]))
     return lax.cond(some, from_gradients, lambda exponents, _: exponents, exponents, gradients)
 
 
 def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) -> jax.Array:
     """A gradient bounds its first average, and its square that of the squares."""
-    magnitude = lax.bitcast_convert_type(jnp.abs(as_real(gradient)).astype(jnp.float32), jnp.int32)
-    shared = [axis for axis in range(magnitude.ndim) if exponent.shape[axis] == 1]
-    magnitude = jnp.where(magnitude >= _INFINITY, 0, magnitude)
-    largest = jnp.max(magnitude, axis=shared, keepdims=True, initial=0)
+    bits = magnitude(as_real(gradient).astype(jnp.float32))
+    largest = row_maximum(jnp.where(bits >= _INFINITY, 0, bits), exponent.shape)
     bound = largest if moment.format.signed else jnp.clip(2 * (largest >> 23) - 125, 1, 254) << 23
     fit = fitted(bound, moment_rule(moment.format), moment.format).astype(jnp.int8)
     return jnp.where((exponent == UNSET) & (largest >= 2**23), fit, exponent)
@@ -170,8 +158,7 @@ def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) 
 def _initial(moment: jax.Array, format: FloatFormat) -> tuple[GridArray, jax.Array]:
     """The moment that an inner transformation starts with, mostly zeros, to nearest; `UNSET` for rows of zeros."""
     x = as_real(moment).astype(jnp.float32)
-    magnitude = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    rows = jnp.max(magnitude, axis=-1 if x.ndim else (), keepdims=True, initial=0)
+    rows = row_maximum(magnitude(x), row_shape(x.shape))
     exponent = fitted(rows, moment_rule(format), format).astype(jnp.int8)
     index = encode(x, exponent, format).astype(index_dtype(format))
     stored = GridArray(index, exponent, format, dtype=np.dtype(moment.dtype))
@@ -226,7 +213,13 @@ def _joined(moment: GridArray | Mapping) -> GridArray:
     return GridArray(moment["index"], moment["exponent"], format)
 
 
-def _names(argument: str, names: Any) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{argument} must be a sequence of names of state fields, got {names!r}.")
-    return tuple(names)
+def _check_arguments(first: Any, second: Any, seed: Any, min_size: Any) -> None:
+    for argument, names in (("first", first), ("second", second)):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{argument} must be a sequence of names of state fields, got {names!r}.")
+    if set(first) & set(second):
+        raise ValueError(f"first and second must not share names, got {sorted(set(first) & set(second))} in both.")
+    check_number("seed", seed, "[0, 4294967295]", integer=True)
+    if isinstance(min_size, jax.Array):
+        raise TypeError(f"min_size must be a number, got {min_size}: name it in the static_args of inject_hyperparams.")
+    check_number("min_size", min_size, "[0, inf)")

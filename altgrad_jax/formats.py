@@ -203,7 +203,5 @@ def _dtype_name(spec: Any) -> str:
 
 def _same_widths(name: str, known: dict[str, FloatFormat]) -> list[str]:
     widths = re.fullmatch(r"(?:float\d+_)?e(\d)m(\d)\w*", name, re.IGNORECASE)
-    if not widths:
-        return []
-    wanted = tuple(map(int, widths.groups()))
+    wanted = widths and tuple(map(int, widths.groups()))
     return [k for k, format in known.items() if (format.exponent_bits, format.mantissa_bits) == wanted]

@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree, fits
 from altgrad_jax._floats import as_real, floor_log2, power_of_two
-from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, nan_index, narrowed
+from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, magnitude, nan_index, narrowed
 from altgrad_jax.formats import FloatFormat, FormatLike, as_format
-from altgrad_jax.scales import fitted, row_shape, weight_rule
+from altgrad_jax.scales import fitted, row_maximum, row_shape, weight_rule
 
 _HARDWARE_FORMATS = (
     "float8_e4m3fn float8_e5m2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz"
@@ -88,7 +88,7 @@ class GridArray:
     @property
     def scale(self) -> jax.Array:
         """2**exponent, float32, of the shape of the exponents."""
-        return power_of_two(self.exponent.astype(jnp.int32), jnp.float32)
+        return power_of_two(self.exponent)
 
     def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> jax.Array:
         """The numbers, as `from_grid` gives them; in the array's own dtype by default."""
@@ -208,8 +208,7 @@ def to_grid(
         return GridArray(index, exponent, format, operator.index(fraction_bits), dtype)
 
     paths, leaves, structure = flatten_stored(params)
-    choices, exponents = _chosen(params, where), _exponents(params, scale, grid)
-    choices, exponents = map(structure.flatten_up_to, (choices, exponents))
+    choices, exponents = map(structure.flatten_up_to, (_chosen(params, where), _exponents(params, scale, grid)))
     return structure.unflatten(map(leaf, paths, leaves, choices, exponents))
 
 
@@ -339,8 +338,7 @@ def _log2(scale: Any, grid: FloatFormat) -> Any:
 
 def _row_exponent(x: jax.Array, format: FloatFormat, grid: FloatFormat) -> jax.Array:
     """Per row the least exponent under which it is not full; for zeros that of the largest row, or of 1."""
-    magnitude = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    rows = jnp.max(magnitude, axis=-1 if x.ndim else (), keepdims=True, initial=0)
+    rows = row_maximum(magnitude(x), row_shape(x.shape))
     largest = jnp.max(rows, initial=0)
     one = np.float32(1).view(np.int32)
     rows = jnp.where(rows == 0, jnp.where(largest == 0, one, largest), rows)
@@ -361,7 +359,7 @@ def _check_reach(path: tuple, x: jax.Array, exponent: jax.Array, grid: FloatForm
     """Raises if an element would saturate, where the elements are known."""
     if isinstance(x, Tracer) or isinstance(exponent, Tracer):
         return
-    scale = power_of_two(exponent.astype(jnp.int32), jnp.float32)
+    scale = power_of_two(exponent)
     if not jnp.all((x <= scale * grid.max) & (x >= scale * grid.min)):  # False for NaN.
         raise ValueError(
             f"params{jax.tree_util.keystr(path)} is not finite or exceeds {grid.max} times its scale: clip it first, "

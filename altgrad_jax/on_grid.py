@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
 from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real, power_of_two
-from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, scaled_magnitude
+from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, magnitude
 from altgrad_jax.formats import FloatFormat
 from altgrad_jax.grid import ulp
 from altgrad_jax.grid_array import (
@@ -93,10 +94,9 @@ def on_grid(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        floats = from_grid(params, full=True)
         exponent = map_stored(lambda p: jnp.array(p.exponent) if is_grid_array(p) else None, params)
-        carried = map_stored(lambda p, x: None if momentum is None else _initial(p, x), params, floats)
-        return OnGridState(jnp.uint32(0), exponent, carried, inner.init(floats))
+        carried = map_stored(lambda p: None if momentum is None else _initial(p), params)
+        return OnGridState(jnp.uint32(0), exponent, carried, inner.init(from_grid(params, full=True)))
 
     def update(updates, state, params=None, **extra_args):
         _check_extra(extra_args)
@@ -116,10 +116,7 @@ def on_grid(
 
 
 def momentum_format(format: FloatFormat) -> FloatFormat | None:
-    """The format of the momentum of weights: three exponent bits, four mantissa bits, 1/32 of their range.
-
-    Of a format whose exponent cannot follow the weights, bfloat16, None.
-    """
+    """The format of the momentum of weights: E3M4, 1/32 of their range; None where no exponent can follow, bfloat16."""
     if len(set(exponent_range(format))) == 1:
         return None
     top = format.maxexp - 1 - _BELOW
@@ -131,18 +128,18 @@ def moved(
 ) -> tuple[Array, Array, Array]:
     """One step of a stored leaf with a momentum that carries the error of the rounding.
 
-        M <- b_t M + (1 - b_t) u;  target = w + M;  w' = round(target);  M <- M + (1 / b - 1) (target - w')
+        M <- b_t M + (1 - b_t) u;  target = w + M;  w' = round(target);  M <- M + gain (target - w')
 
-    with `b_t = b (1 - b**(t - 1)) / (1 - b**t)`, under which M is an average without a bias. As soon as b_t is b,
-    `w + b M / (1 - b)` gains exactly u, however w is rounded: the second term is what an element still owes. An element
-    whose u is 0 and which owes at most half of its step rests: weight and momentum stay.
+    with `b_t = b (1 - b**(t - 1)) / (1 - b**t)`, under which M is an average without a bias. M / gain is what an
+    element owes, the sum of the moves that M will make: no rounding changes `w + M / gain`, which gains exactly u as
+    soon as b_t is b and the gain 1 / b - 1. An element whose u is 0 and which owes at most half of its step rests.
 
-    Weights w, updates u, momentum M and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`, and b_t
-    and the gain 1 / b - 1 scalars. Returns targets, and the momentum before and after the error is added.
+    Weights w, updates u, momentum M and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`; b_t and
+    the gain are scalars. Returns targets, and the momentum before and after the error is added.
     """
-    rests = (u == 0) & (jnp.abs(m) <= ulp * (gain / 2))
+    rests = (u == 0) & (2 * jnp.abs(m) <= ulp * gain)
     move = b * m + (1 - b) * u
-    # What rests is all error, so that its momentum stays b M + (1 / b - 1) b M = M.
+    # What rests is all error, so that it owes what it owed.
     target = w + jnp.where(rests, 0, move)
     # Of the movement, as the sum has lost what is below its own float32 ULP.
     error = move - (rounded(target) - w)
@@ -150,9 +147,11 @@ def moved(
 
 
 def _rates(b: jax.typing.ArrayLike, steps: Array) -> tuple[Array, Array]:
-    """b_t and 1 / b - 1 after so many steps."""
-    b, t = jnp.asarray(b, jnp.float32), steps.astype(jnp.float32)
-    return b * (1 - b**t) / (1 - b ** (t + 1)), 1 / b - 1
+    """b_t and the gain of the next step, after so many steps."""
+    b, t = jnp.asarray(b, jnp.float32), steps.astype(jnp.float32) + 1
+    # 1 / gain is the sum of b**k (1 - b**t) / (1 - b**(t + k)) over k > 0: here as an integral, within 2 %.
+    x = b ** (t + 0.5)
+    return b * (1 - b ** (t - 1)) / (1 - b**t), (1 / b - 1) / (1 - b**t) * jnp.where(x < 1e-6, 1, -x / jnp.log1p(-x))
 
 
 def _moved_leaf(rates, param, u, exponent, carried, key):
@@ -162,7 +161,7 @@ def _moved_leaf(rates, param, u, exponent, carried, key):
         return u if carried is None else carried.astype(u.dtype), None, carried
     if carried is None:
         return *_without_momentum(param, u, exponent, key), None
-    return _with_momentum(*rates, param, u, exponent, rejoined(carried, _initial(param, u)), key)
+    return _with_momentum(*rates, param, u, exponent, rejoined(carried, _initial(param)), key)
 
 
 @jax.jit
@@ -172,7 +171,7 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
     m = carried
     if stored:  # Bounded where the two exponents have nothing to do with each other.
         change = jnp.clip(carried.exponent.astype(jnp.int32) - exponent.astype(jnp.int32), -126, 90)
-        m = decode(carried.index, 0, carried.format) * power_of_two(change, jnp.float32)
+        m = decode(carried.index, 0, carried.format) * power_of_two(change)
     index = jnp.zeros(param.shape, jnp.int32)
 
     def rounded(target):
@@ -181,7 +180,7 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
         return decode(index, 0, param.grid)
 
     target, early, m = moved(before, u, m, ulp(before, param.grid), rounded, b, gain)
-    reach = jnp.maximum(scaled_magnitude(target, 0), scaled_magnitude(early * 2.0**_BELOW, 0))
+    reach = jnp.maximum(magnitude(target), magnitude(early * 2.0**_BELOW))
     reach = jnp.where(jnp.isfinite(target), reach, 0)
     indices = [(index, param.index.dtype)]
     if stored:
@@ -198,7 +197,7 @@ def _without_momentum(param, u, exponent, key):
     # Of what is stored, not of what is about to be: on a TPU a maximum of the latter beside float32 moments takes a
     # second kernel, 31 bytes per weight instead of 22. A row that saturates grows by two binades per step.
     saturated = jnp.abs(param.index.astype(jnp.int32)) == param.grid.max_index
-    reach = scaled_magnitude(before, 0) + jnp.where(saturated, 2 << 23, 0)
+    reach = magnitude(before) + jnp.where(saturated, 2 << 23, 0)
     reach = jnp.where(jnp.isfinite(before), reach, 0)
     (index,), level = with_level([(index, param.index.dtype)], reach, exponent.shape, param.format)
     return _update(param, index, exponent, level)
@@ -209,7 +208,7 @@ def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array
 
     In these a step has constants alone: a TPU kernel takes few operands, and every scale of a row is one.
     """
-    unit = power_of_two(-exponent.astype(jnp.int32), jnp.float32)
+    unit = power_of_two(-exponent.astype(jnp.int32))
     return param.value(jnp.float32, full=True) * unit, as_real(u).astype(jnp.float32) * unit
 
 
@@ -220,11 +219,11 @@ def _update(param: GridArray, index: Array, exponent: Array, level: Array) -> tu
     return update, followed(exponent, level, weight_rule(param.format), param.grid, jnp.uint32(0))
 
 
-def _initial(param: Any, like: Array) -> Any:
+def _initial(param: Any) -> Any:
     """A momentum of zeros."""
     format = momentum_format(param.format) if is_grid_array(param) else None
     if format is None:
-        return jnp.zeros(like.shape, jnp.float32)
+        return jnp.zeros(np.shape(param), jnp.float32)
     return GridArray(jnp.zeros(param.shape, index_dtype(format)), jnp.array(param.exponent), format)
 
 

@@ -44,8 +44,7 @@ def weight_rule(format: FloatFormat) -> Rule:
 def moment_rule(format: FloatFormat) -> Rule:
     """For averages of gradients, and without a sign of their squares, whose binades are twice as many.
 
-    A single element cannot take its row with it, as growth is bounded, and a row that pauses keeps its exponent for
-    thousands of steps.
+    Growth is bounded, so that no element takes its row with it, and shrinking slow, as a row may pause.
     """
     full, one = _eighths(format) - 8, 1 if format.signed else 2
     return Rule(full, full - 80 * one, 7 * one, 1, 64)
@@ -84,7 +83,6 @@ def with_level(
         format: The format whose top binade has level 0.
     """
     arrays, dtypes = zip(*indices, strict=True)
-    shared = [axis for axis in range(magnitude.ndim) if shape[axis] == 1]
 
     def level(magnitude):
         level = jnp.clip((magnitude >> 20) - ((format.maxexp + 126) << 3), EMPTY + 1, 127)
@@ -92,8 +90,8 @@ def with_level(
 
     # On a TPU one kernel writes all of this, if the maximum is one of int32: that of int8 costs 30 bytes per element.
     def apart(magnitude, *indices):
-        largest = jnp.max(magnitude, axis=shared, keepdims=True, initial=0)
-        return [index.astype(dtype) for index, dtype in zip(indices, dtypes, strict=True)], level(largest)
+        stored = [index.astype(dtype) for index, dtype in zip(indices, dtypes, strict=True)]
+        return stored, level(row_maximum(magnitude, shape))
 
     # XLA:CPU makes a kernel of each output, with all that came before in each. One word holds them all, the level on
     # top, so that it is that of the largest word; and a division keeps XLA from making the word again for each. The
@@ -107,9 +105,8 @@ def with_level(
             word |= (index & (2 ** (8 * dtype.itemsize) - 1)) << shifts[-1]
         one = ((magnitude & np.int32(2**31 - 1)) >> 31) + 1
         word = lax.div(word.astype(container), one.astype(container))
-        largest = jnp.max(word, axis=shared, keepdims=True, initial=EMPTY << top)
         stored = [(word >> shift).astype(dtype) for shift, dtype in zip(shifts, dtypes, strict=True)]
-        return stored, largest.astype(jnp.int32) >> top
+        return stored, row_maximum(word, shape).astype(jnp.int32) >> top
 
     fits = sum(dtype.itemsize for dtype in dtypes) < 4
     return lax.platform_dependent(magnitude, *arrays, cpu=packed if fits else apart, default=apart)
@@ -118,6 +115,12 @@ def with_level(
 def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the exponents of an array: one for every row."""
     return (*shape[:-1], 1) if shape else ()
+
+
+def row_maximum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Largest integers in the rows that share one of the exponents of a shape, and of that shape."""
+    shared = [axis for axis in range(x.ndim) if shape[axis] == 1]
+    return jnp.max(x, axis=shared, keepdims=True, initial=jnp.iinfo(x.dtype).min)
 
 
 def _eighths(format: FloatFormat) -> int:

@@ -147,6 +147,21 @@ class TestShares:
         assert diagnostics.saturation_share(plain, FORMAT, 0.5) == diagnostics.saturation_share(x)
         assert diagnostics.subnormal_share(plain, FORMAT, 0.5) == diagnostics.subnormal_share(x)
 
+    def test_of_a_whole_state(self):
+        """Moments are read in it, and step counters and exponents are left out."""
+        tx, params = ag.grid_adamw(0.5), ag.to_grid(jax.random.normal(jax.random.key(0), (64, 64)))
+        updates, state = tx.update(jnp.ones((64, 64)), tx.init(params), params)
+        moments = [state.inner_state.momentum, state.inner_state.inner_state[0].nu]
+        saturated = sum(int((jnp.abs(m.index.astype(jnp.int32)) == m.format.max_index).sum()) for m in moments)
+        assert saturated > 0  # The momentum of 0.5 is beyond a 32nd of the largest number of most rows.
+        assert float(diagnostics.saturation_share(state)) == np.float32(saturated / (2 * 64 * 64))
+        after = optax.apply_updates(params, updates)
+        _, later = tx.update(jnp.ones((64, 64)), state, after)
+        meant = jax.tree.map(jnp.ones_like, moments[0].value())
+        flips = np.asarray(later.inner_state.momentum.value() != moments[0].value())
+        rate = diagnostics.flip_rate(meant, [moments[0], state.moment_step], [later.inner_state.momentum, 1])
+        assert float(rate) == np.float32(flips.mean())
+
 
 class TestCapacity:
     """Distinct numbers and their entropy."""

@@ -15,7 +15,7 @@ from flax.training.train_state import TrainState
 
 import altgrad_jax as ag
 import altgrad_jax.flax_support
-from altgrad_jax.on_grid import moved
+from altgrad_jax.on_grid import _rates, moved
 
 ADAM = functools.partial(optax.adamw, 1e-2)
 # As Adam without a first moment, which the momentum of on_grid is.
@@ -157,7 +157,7 @@ def mature(state):
 
 
 class TestMomentum:
-    """M <- b_t M + (1 - b_t) u; target = w + M; w' = round(target); M <- M + (1 / b - 1) (target - w')."""
+    """M <- b_t M + (1 - b_t) u; target = w + M; w' = round(target); M <- M + gain (target - w')."""
 
     def test_is_the_recurrence(self):
         """The function on one leaf, in float64, with an ordinary rounding."""
@@ -170,6 +170,13 @@ class TestMomentum:
         np.testing.assert_allclose(target, before + 0.7 * carried + 0.3 * update, rtol=1e-15)
         error = np.asarray(target) - np.round(8 * np.asarray(target)) / 8
         np.testing.assert_allclose(after, np.asarray(early) + 0.25 * error, rtol=1e-14)
+
+    @pytest.mark.parametrize("b", [0.5, 0.9, 0.99])
+    @pytest.mark.parametrize("t", [1, 2, 5, 50, 10**6])
+    def test_gain_gives_back_what_rounding_took(self, b, t):
+        """The moves that a unit of M makes later, by the products of b_t: 1 / gain, within 2 %."""
+        later = [float(_rates(b, jnp.uint32(t + k))[0]) for k in range(int(16 / (1 - b)))]
+        np.testing.assert_allclose(float(_rates(b, jnp.uint32(t - 1))[1]), 1 / np.cumprod(later).sum(), rtol=0.02)
 
     @pytest.mark.parametrize("b", [0.5, 0.9, 0.95])
     def test_weight_and_what_is_owed_gain_exactly_the_update(self, b):
@@ -367,6 +374,29 @@ class TestExponents:
         after, state, _ = scan(tx, params, tx.init(params), 1e-4 * jnp.ones((200, 8, 64)))
         gained = owed(after, state, 0.9) - np.asarray(ag.from_grid(params), np.float64)
         np.testing.assert_allclose(gained[0].mean(), 0.02, rtol=0.1)
+
+    @pytest.mark.parametrize("name", ["float8_e3m4", "float8_e4m3fn", "E2M5", "E0M7"])
+    def test_of_rows_from_zero_end_as_fitted_ones(self, name):
+        """As the `B` of LoRA: no further from float32 than from a start under the scales of the end."""
+        rate = jnp.linspace(1, 0, 300)[:, None, None] / 150
+        goal, noise = (
+            0.02 * jax.random.normal(jax.random.key(0), (64, 64)),
+            jax.random.normal(jax.random.key(1), (300, 64, 64)),
+        )
+        moves = rate * (goal + 0.2 * noise)
+        zero, twin = jnp.zeros((64, 64)), optax.ema(0.9)
+
+        def step(carry, move):
+            update, state = twin.update(move, carry[1])
+            return (carry[0] + update, state), None
+
+        (end, _), _ = jax.lax.scan(step, (zero, twin.init(zero)), moves)
+        tx, errors = ag.on_grid(optax.scale(1.0), momentum=0.9), []
+        for scale in (None, ag.to_grid(end, name).scale):
+            params = ag.to_grid(zero, name, scale=scale)
+            after, _, _ = scan(tx, params, tx.init(params), moves)
+            errors.append(float(jnp.linalg.norm(ag.from_grid(after) - end)))
+        assert errors[0] <= 1.3 * errors[1]
 
 
 class TestDeterminism:
