@@ -23,7 +23,6 @@ FIRST = as_format("E4M3")
 # No sign, so three mantissa bits and 2**34. Up to 1.75 only, so that scales of tiny moments stay normal numbers.
 SECOND = FloatFormat("moment_e5m3", exponent_bits=5, mantissa_bits=3, bias=31, max=1.75, signed=False)
 DEFAULTS = ("mu", "trace", "momentum", "nu")
-_INFINITY = 0x7F800000
 _LARGEST = np.finfo(np.float32).max
 
 
@@ -46,8 +45,7 @@ def compress_state(
     """Keeps the moments of an Optax transformation in one byte per element, rounded stochastically.
 
     A leaf of the inner state is compressed if it lies under a named field of a state, at the path and in the shape of
-    a parameter, is floating and has `min_size` elements. Everything else stays as it is: the moments of small leaves,
-    the GridArrays of `on_grid`, fields of other names (`m1` of `optax.contrib.ademamix`, `nu_max` of `optax.amsgrad`).
+    a parameter, is floating and has `min_size` elements. Everything else stays as it is, GridArrays of `on_grid` too.
 
     Moments have 3 mantissa bits; first ones a sign and a range of 2**18 in each row (all but the last axis), second
     ones 2**34. The exponent of a row follows its largest element, one step behind, and by a bounded number of binades,
@@ -59,18 +57,14 @@ def compress_state(
 
     Args:
         inner: The transformation whose state is compressed.
-        first: Names of the state fields with moments of either sign.
-        second: Names of the state fields with nonnegative moments, under a root in a denominator.
+        first, second: Names of the state fields with moments of either sign, and with nonnegative ones under a root.
         seed: Of the random words, as in `on_grid`.
         min_size: Elements that a leaf must have; under `optax.inject_hyperparams` a static argument.
 
     Returns:
         A transformation whose update needs the parameters if the inner one does. With `optax.tree.map_params` give
-        `is_leaf=lambda leaf: isinstance(leaf, GridArray)` to map one value, such as a sharding, to a moment.
-
-    Raises:
-        ValueError: If an argument is out of bounds, a name is in `first` and `second`, or, in `init`, if a name that
-            is no default, or all of them, are no field with a moment of the inner state.
+        `is_leaf=lambda leaf: isinstance(leaf, GridArray)` to map one value, such as a sharding, to a moment. Its init
+        raises a ValueError if a name that is no default, or all of them, are no field with a moment.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -138,18 +132,18 @@ def _stored(x, like, exponent, key, step):
 
 def _first_exponents(exponents: list, gradients: list, moments: list[GridArray]) -> list:
     """Exponents of rows that were never other than zero: from their largest gradients, in the step that brings them."""
-
-    def from_gradients(exponents, gradients):
-        return [_from_gradient(*leaf) for leaf in zip(exponents, gradients, moments, strict=True)]
-
+    fit = lambda *trees: [_from_gradient(*leaf) for leaf in zip(*trees, moments, strict=True)]  # noqa: E731
     some = jnp.any(jnp.array([jnp.any(exponent == UNSET) for exponent in exponents]))
-    return lax.cond(some, from_gradients, lambda exponents, _: exponents, exponents, gradients)
+    return lax.cond(some, fit, lambda exponents, _: exponents, exponents, gradients)
 
 
 def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) -> jax.Array:
     """A gradient bounds its first average, and its square that of the squares."""
-    bits = magnitude(as_real(gradient).astype(jnp.float32))
-    largest = row_maximum(jnp.where(bits >= _INFINITY, 0, bits), exponent.shape)
+    # A reduction of the gradient itself, as XLA:CPU would write out a function of it.
+    finite = lambda x: jnp.where(jnp.abs(x) < jnp.inf, jnp.abs(x), 0)  # noqa: E731
+    shared = [axis for axis in range(gradient.ndim) if exponent.shape[axis] == 1]
+    largest = lax.reduce(gradient, gradient.dtype.type(0), lambda a, b: jnp.maximum(finite(a), finite(b)), shared)
+    largest = magnitude(as_real(largest).astype(jnp.float32)).reshape(exponent.shape)
     bound = largest if moment.format.signed else jnp.clip(2 * (largest >> 23) - 125, 1, 254) << 23
     fit = fitted(bound, moment_rule(moment.format), moment.format).astype(jnp.int8)
     return jnp.where((exponent == UNSET) & (largest >= 2**23), fit, exponent)

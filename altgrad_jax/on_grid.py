@@ -59,19 +59,15 @@ def on_grid(
             step: at a learning rate of 1e-5 most weights, in two bytes too.
         momentum: Decay rate, in (0, 1), of a momentum in one byte per weight, which carries what stochastic rounding
             loses: the recurrence of `moved`. All parameters have it, so that `inner` must have none.
-        seed: Of the random words, which are a function of seed, step, path of the leaf and position of the element:
-            the same on any sharding and after any restart. Lanes of `jax.vmap` and shards of `jax.shard_map` draw the
-            same ones unless the seed is mapped.
+        seed: Of the random words, a function of seed, step, path of the leaf and position of the element: the same on
+            any sharding and after any restart, and in all lanes of `jax.vmap` and `jax.shard_map` if it is not mapped.
 
     Returns:
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters. The
         inner one gets the extra argument `grid_scale`, a tree like params, 1 for leaves that are not stored. The
         exponent of a row follows its largest element, one step behind (without a momentum two); until then the row
-        saturates. A movement that is not finite, or 2**128 times the scale, makes its element NaN.
-
-    Raises:
-        ValueError: If an argument is out of bounds, or, in the update, if no parameter is stored, trees do not go
-            together, or `value_fn` of a line search, or `grid_scale`, is given.
+        saturates. A movement that is not finite, or 2**128 times the scale, makes its element NaN. A ValueError if no
+        parameter is stored, or if `value_fn` of a line search, or `grid_scale`, is given.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
