@@ -23,14 +23,18 @@ def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple
 
 @functools.partial(jax.jit, static_argnames="shape", inline=True)
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 random bits per element, uint32, as a function of two words and the position of the element alone.
+    """32 random bits per element, uint32, as a function of two words, uint32 `[2]`, and its position alone.
 
-    Args:
-        key: Uniform words, uint32 `[2]`, as from `leaf_keys`; keys that differ in a bit of the second alone correlate.
-        shape: Of the result; a ValueError if a dimension, or the product of those behind it, exceeds 2**32.
+    Keys, as from `leaf_keys`, that differ in a bit of the second word alone correlate. A ValueError if a dimension, or
+    the product of those behind it, exceeds 2**32.
     """
-    low, high = _counter(shape)
-    return jnp.broadcast_to((mix(mix(high + key[0]) + low) ^ key[1]) * np.uint32(0x9E3779B1), shape)
+    word = key[0]
+    # The key comes first: what all lanes of a vmap share, XLA would write out.
+    for strides in reversed(_strides(shape)):
+        for axis, stride in strides:
+            word = word + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        word = mix(word)
+    return jnp.broadcast_to((word ^ key[1]) * np.uint32(0x9E3779B1), shape)
 
 
 def second_word(word: jax.Array) -> jax.Array:
@@ -46,15 +50,14 @@ def mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 15)
 
 
-def _counter(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Position of every element in two words, uint32; made of one iota per axis, so that it shards."""
-    words, sizes, word = [jnp.uint32(0)] * 2, [1, 1], 0
+def _strides(shape: tuple[int, ...]) -> tuple[list, list]:
+    """Axes and their strides, which make the position of an element in two words, the lower one first."""
+    words, sizes, word = ([], []), [1, 1], 0
     for axis in reversed(range(len(shape))):
         if sizes[word] * shape[axis] > 2**32:
             word += 1
         if word > 1 or shape[axis] > 2**32:
             raise ValueError(f"random words reach arrays of 2**32 elements by 2**32, got shape {shape}.")
-        iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        words[word] = words[word] + iota * jnp.uint32(sizes[word] % 2**32)
+        words[word].append((axis, sizes[word] % 2**32))
         sizes[word] *= shape[axis]
-    return words[0], words[1]
+    return words
