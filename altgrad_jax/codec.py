@@ -46,19 +46,13 @@ def encode(
 ) -> jax.Array:
     """Rounds real numbers to the numbers of a format that is scaled by a power of two.
 
-    Without a word to the nearest, ties to the even index. With one to a neighbour at random: the one away from zero for
-    a share of all words that is the rest in steps, exactly where x is in the normal range of the format. Below it the
-    rest is rounded down, to a multiple of `2**-rest_bits_of(format)`.
+    Without a word to the nearest, ties to the even index. With one, uint32, to a neighbour at random: the one away from
+    zero for a share of all words that is the rest in steps, exactly where x is in the normal range of the format. Below
+    it the rest is rounded down, to a multiple of `2**-rest_bits_of(format)`.
 
-    Args:
-        x: Real numbers, float32, shape `[...]`. Subnormal ones count as zero.
-        exponent: log2 of the scale, integers that broadcast against x, in the `exponent_range` of the format.
-        format: The format, with the fraction bits in its mantissa.
-        word: 32 random bits, uint32, shape `[...]`; None rounds to nearest.
-
-    Returns:
-        Indices, int32, to be cast to `index_dtype(format)` last: +-max_index beyond the largest number, that of NaN
-        where x is not finite, and for a negative x where there is no sign.
+    x is float32, `[...]`, and subnormal numbers count as zero; the exponent, in `exponent_range(format)`, broadcasts to
+    it. Indices are int32, to be cast to `index_dtype(format)` last: +-max_index beyond the largest number, that of NaN
+    where x is not finite, and for a negative x where there is no sign.
     """
     rest_bits = rest_bits_of(format)
     bits = lax.bitcast_convert_type(x, jnp.int32)
@@ -83,16 +77,7 @@ def rest_bits_of(format: FloatFormat) -> int:
 
 
 def decode(index: jax.Array, exponent: jax.typing.ArrayLike, format: FloatFormat) -> jax.Array:
-    """The numbers at indices of a format that is scaled by a power of two, exactly.
-
-    Args:
-        index: Signed integers, shape `[...]`.
-        exponent: As in `encode`.
-        format: As in `encode`.
-
-    Returns:
-        float32, shape `[...]`; NaN at the index of NaN, 0 for what is below the normal range of float32.
-    """
+    """The numbers at indices, exactly, float32; NaN at that of NaN, 0 for what is below the normal range of float32."""
     index = index.astype(jnp.int32)
     number = index.astype(jnp.float32) * np.float32(format.smallest_subnormal)
     if format.exponent_bits:

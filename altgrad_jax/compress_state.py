@@ -14,7 +14,7 @@ from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real, power_of_two
 from altgrad_jax.codec import encode, exponent_range, index_dtype, magnitude
 from altgrad_jax.formats import FloatFormat, as_format
-from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array
+from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array, rejoined
 from altgrad_jax.random_words import leaf_keys, random_words
 from altgrad_jax.scales import EMPTY, UNSET, fitted, followed, moment_rule, row_maximum, row_shape, with_level
 
@@ -47,10 +47,10 @@ def compress_state(
     A leaf of the inner state is compressed if it lies under a named field of a state, at the path and in the shape of
     a parameter, is floating and has `min_size` elements. Everything else stays as it is, GridArrays of `on_grid` too.
 
-    Moments have 3 mantissa bits; first ones a sign and a range of 2**18 in each row (all but the last axis), second
-    ones 2**34. The exponent of a row follows its largest element, one step behind, and by a bounded number of binades,
-    so that no element takes its row with it; a row of zeros takes it from its first gradient. A nonzero second moment
-    never becomes 0, a negative one becomes NaN, and an infinite one saturates.
+    Moments have 3 mantissa bits; first ones a sign and a range of 2**18 in each row (as in `to_grid`), second ones
+    2**34. The exponent of a row follows its largest element, one step behind and by few binades at once, so that none
+    takes its row with it; a row of zeros takes it from its first gradient. A nonzero second moment never becomes 0, a
+    negative one becomes NaN, and an infinite one saturates.
 
     Not for transformations that subtract the square of a first moment from a second (`optax.rmsprop(centered=True)`),
     nor for the largest of all second moments (`optax.amsgrad`). `nu` of `optax.sm3` is a first moment.
@@ -93,7 +93,7 @@ def compress_state(
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.inner_state, is_leaf=_is_moment)]
         leaves, exponents = map(structure.flatten_up_to, (state.inner_state, state.exponent))
         ours = [i for i, exponent in enumerate(exponents) if exponent is not None]
-        moments = [_joined(leaves[i]) for i in ours]
+        moments = [rejoined(leaves[i], FIRST, SECOND) for i in ours]
         gradients = _gradients([paths[i] for i in ours], updates)
         exponents = _first_exponents([exponents[i] for i in ours], gradients, moments)
 
@@ -138,12 +138,21 @@ def _first_exponents(exponents: list, gradients: list, moments: list[GridArray])
 
 
 def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) -> jax.Array:
-    """A gradient bounds its first average, and its square that of the squares."""
-    # A reduction of the gradient itself, as XLA:CPU would write out a function of it.
-    finite = lambda x: jnp.where(jnp.abs(x) < jnp.inf, jnp.abs(x), 0)  # noqa: E731
+    """A gradient bounds its first average, and its square that of the squares.
+
+    At most 4 binades above the second largest one of the row: no element takes its row with it.
+    """
     shared = [axis for axis in range(gradient.ndim) if exponent.shape[axis] == 1]
-    largest = lax.reduce(gradient, gradient.dtype.type(0), lambda a, b: jnp.maximum(finite(a), finite(b)), shared)
-    largest = magnitude(as_real(largest).astype(jnp.float32)).reshape(exponent.shape)
+    finite = lambda x: jnp.where(jnp.abs(x) < jnp.inf, jnp.abs(x), 0)  # noqa: E731
+
+    # A reduction of the gradient itself, as XLA:CPU would write out a function of it.
+    def two_largest(a, b):
+        (a, second), (b, other) = map(finite, a), map(finite, b)
+        return jnp.maximum(a, b), jnp.maximum(jnp.minimum(a, b), jnp.maximum(second, other))
+
+    pair = lax.reduce((gradient, jnp.zeros_like(gradient)), (gradient.dtype.type(0),) * 2, two_largest, shared)
+    largest, second = (magnitude(as_real(x).astype(jnp.float32)).reshape(exponent.shape) for x in pair)
+    largest = jnp.where(second == 0, largest, jnp.minimum(largest, second + (4 << 23)))
     bound = largest if moment.format.signed else jnp.clip(2 * (largest >> 23) - 125, 1, 254) << 23
     fit = fitted(bound, moment_rule(moment.format), moment.format).astype(jnp.int8)
     return jnp.where((exponent == UNSET) & (largest >= 2**23), fit, exponent)
@@ -198,13 +207,6 @@ def _gradients(paths: list, updates: Any) -> list[jax.Array]:
 def _is_moment(node: Any) -> bool:
     """Whether a node of a state is a GridArray, or what flax.nnx.Optimizer makes of one: a mapping."""
     return is_grid_array(node) or (isinstance(node, Mapping) and set(node) == {"index", "exponent"})
-
-
-def _joined(moment: GridArray | Mapping) -> GridArray:
-    if isinstance(moment, GridArray):
-        return moment
-    format = FIRST if jnp.issubdtype(moment["index"].dtype, jnp.signedinteger) else SECOND
-    return GridArray(moment["index"], moment["exponent"], format)
 
 
 def _check_arguments(first: Any, second: Any, seed: Any, min_size: Any) -> None:

@@ -116,12 +116,8 @@ class FloatFormat:
         return math.ldexp(self.max, self.mantissa_bits - self.minexp - self._top_binade)
 
 
-def _by_name(*formats: FloatFormat) -> dict[str, FloatFormat]:
-    return {format.name: format for format in formats}
-
-
 # IEEE 754, the OCP 8-bit and microscaling specifications, and ml_dtypes (for the fnuz and b11 variants).
-_DTYPE_FORMATS = _by_name(
+_DTYPES = (
     FloatFormat("float8_e4m3fn", 4, 3, 7, 448.0),
     FloatFormat("float8_e5m2", 5, 2, 15, 57344.0),
     FloatFormat("float8_e3m4", 3, 4, 3, 15.5),
@@ -138,7 +134,7 @@ _DTYPE_FORMATS = _by_name(
 )
 
 # Biases and maxima of the AltGrad project, whose names they bear; all but E4M3 and E5M2 use every code.
-_ALTGRAD_FORMATS = _by_name(
+_FAMILY = (
     FloatFormat("E0M7", 0, 7, 0, 127 / 128),
     FloatFormat("E1M6", 1, 6, 0, 3.96875),
     FloatFormat("E2M5", 2, 5, 1, 7.875),
@@ -148,6 +144,8 @@ _ALTGRAD_FORMATS = _by_name(
     FloatFormat("E6M1", 6, 1, 31, 1.5 * 2.0**32),
     FloatFormat("E7M0", 7, 0, 63, 2.0**64),
 )
+
+_DTYPE_FORMATS, _ALTGRAD_FORMATS = ({format.name: format for format in formats} for formats in (_DTYPES, _FAMILY))
 
 FormatLike: TypeAlias = FloatFormat | str | DTypeLike
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-import operator
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +24,8 @@ _HARDWARE_FORMATS = (
     "float8_e4m3fn float8_e5m2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz"
 )
 _FLOAT32 = np.dtype("float32")
+# Binades that the scale of a row may be below that of the largest row of its leaf.
+_BELOW = 10
 
 
 @functools.partial(
@@ -42,7 +44,7 @@ class GridArray:
     Attributes:
         index: Signed positions in steps of `2**-fraction_bits`, shape `[...]`: the smallest of int8, int16 and int32
             (unsigned for a format without a sign). The most negative one, which no format reaches, is NaN.
-        exponent: log2 of the scale, int8, in each dimension as long as the index or 1; from `to_grid` `[..., 1]`. The
+        exponent: log2 of the scale, int8, in each dimension as long as the index or 1; from `to_grid` one per row. The
             largest number and the smallest step that it gives are normal float32 numbers.
         format: The format whose grid it is.
         fraction_bits: Bits of every position behind the point.
@@ -50,8 +52,8 @@ class GridArray:
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
-        >>> ag.to_grid(jnp.array([[0.5, -1.0], [0.1, 0.0]]), "float8_e4m3fn")
-        GridArray(float8_e4m3fn, shape=(2, 2), int8 + int8[2,1])
+        >>> ag.to_grid(jnp.ones((2, 8)), "float8_e4m3fn")
+        GridArray(float8_e4m3fn, shape=(2, 8), int8 + int8[2,1])
     """
 
     index: jax.Array
@@ -162,18 +164,19 @@ def to_grid(
         where: Which leaves to store: a function of key path and leaf, or a tree of booleans like params. Default:
             floating leaves with two or more dimensions.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
-            numbers and arrays that broadcast against the leaves. Default: for every row (all but the last axis) the
-            smallest under which its largest magnitude is below half of the largest number, in a uniform format below
-            seven eighths; a row of zeros gets that of the largest row, an array of zeros that of 1; a GridArray of the
-            same format keeps its own.
+            numbers and arrays that broadcast against the leaves. Default: for every row (along the last axis; the last
+            two where it has less than 8 elements) the smallest under which its largest magnitude is below half of the
+            largest number, in a uniform format below seven eighths, and not below 2**-10 of that of the largest row.
+            Rows of zeros get that one, arrays of zeros that of 1/4. A GridArray of the same format keeps its own.
 
     Returns:
         The tree with GridArrays in the places chosen, of the dtypes of their leaves, and its other leaves untouched.
+        Warns of rows that became 0.
 
     Raises:
         ValueError: If an index would need more than 2**24 steps, a scale is no power of two that is legal for the
             format or does not broadcast, an element is not finite or would saturate, or nothing was chosen.
-        TypeError: If a chosen leaf is not of a floating dtype, or `fraction_bits` is no integer.
+        TypeError: If a chosen leaf is not of a floating dtype, or `fraction_bits` is no number.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -185,7 +188,8 @@ def to_grid(
     format = as_format(format)
     if format.bits > 16:
         raise ValueError(f"to_grid stores formats of up to 16 bits, got {format.name}.")
-    grid = format.refined(_fraction_bits(format, fraction_bits))
+    fraction_bits = _fraction_bits(format, fraction_bits)
+    grid = format.refined(fraction_bits)
 
     def leaf(path, x, choice, exponent):
         if not isinstance(choice, bool | np.bool):
@@ -203,9 +207,9 @@ def to_grid(
             x = x.value(jnp.float32, full=True)
         x = narrowed(as_real(x))
         exponent = _row_exponent(x, format, grid) if exponent is None else _broadcast(path, exponent, x.shape)
-        _check_reach(path, x, exponent, grid)
-        index = encode(x, exponent, grid).astype(index_dtype(grid))
-        return GridArray(index, exponent, format, operator.index(fraction_bits), dtype)
+        index = encode(x, exponent, grid)
+        _check_stored(path, x, index, exponent, grid)
+        return GridArray(index.astype(index_dtype(grid)), exponent, format, fraction_bits, dtype)
 
     paths, leaves, structure = flatten_stored(params)
     choices, exponents = map(structure.flatten_up_to, (_chosen(params, where), _exponents(params, scale, grid)))
@@ -253,11 +257,12 @@ def signed_steps(updates: Any, params: Any) -> Any:
     return map_stored(leaf, params, updates)
 
 
-def rejoined(node: Any, like: Any) -> Any:
-    """A GridArray again from the mapping that `flax.nnx.Optimizer` makes of one in a state; other nodes as they are."""
-    if is_grid_array(like) and isinstance(node, Mapping):
-        return dataclasses.replace(like, index=node["index"], exponent=node["exponent"])
-    return node
+def rejoined(node: Any, *formats: FloatFormat | None) -> Any:
+    """A GridArray again from the mapping that `flax.nnx.Optimizer` makes of one: of the format with such indices."""
+    if not isinstance(node, Mapping):
+        return node
+    format = next(format for format in filter(None, formats) if index_dtype(format) == node["index"].dtype)
+    return GridArray(node["index"], node["exponent"], format)
 
 
 def checked_values(transformation: str, updates: Any, params: Any) -> Any:
@@ -288,18 +293,14 @@ def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:
 
 
 def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
-    try:
-        fraction_bits = operator.index(fraction_bits)
-    except TypeError:
-        raise TypeError(f"fraction_bits must be an integer, got {fraction_bits!r}.") from None
-    check_number("fraction_bits", fraction_bits, "[0, 24]")
+    check_number("fraction_bits", fraction_bits, "[0, 24]", integer=True)
     most = min(int(math.log2(2**24 / format.max_index)), 23 - format.mantissa_bits)
     if fraction_bits > most:
         raise ValueError(
             f"an index must not exceed 2**24, which float32 counts to: {format.name} has {format.max_index} numbers "
             f"and takes up to {most} fraction_bits, got {fraction_bits}."
         )
-    return fraction_bits
+    return int(fraction_bits)
 
 
 def _chosen(params: Any, where: Any) -> Any:
@@ -337,11 +338,11 @@ def _log2(scale: Any, grid: FloatFormat) -> Any:
 
 
 def _row_exponent(x: jax.Array, format: FloatFormat, grid: FloatFormat) -> jax.Array:
-    """Per row the least exponent under which it is not full; for zeros that of the largest row, or of 1."""
+    """Per row the least exponent under which it is not full; for zeros that of the largest row, or of 1/4."""
     rows = row_maximum(magnitude(x), row_shape(x.shape))
     largest = jnp.max(rows, initial=0)
-    one = np.float32(1).view(np.int32)
-    rows = jnp.where(rows == 0, jnp.where(largest == 0, one, largest), rows)
+    largest = jnp.where(largest == 0, np.float32(0.25).view(np.int32), largest)
+    rows = jnp.where(rows == 0, largest, jnp.maximum(rows, largest - (_BELOW << 23)))
     return fitted(rows, weight_rule(format), grid).astype(jnp.int8)
 
 
@@ -350,18 +351,25 @@ def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> jax.Array:
     given = jnp.shape(exponent)
     if not fits(given, shape):
         raise ValueError(f"scale must broadcast to {shape}, got shape {given} at params{jax.tree_util.keystr(path)}.")
-    if not given or given[-1] == 1:
-        return jnp.array(jnp.broadcast_to(jnp.asarray(exponent), row_shape(shape)))
-    return jnp.array(exponent).reshape((1,) * (len(shape) - len(given)) + given)
+    given = (1,) * (len(shape) - len(given)) + given
+    wanted = np.broadcast_shapes(given, row_shape(shape)) if given[-1:] in ((), (1,)) else given
+    return jnp.array(jnp.broadcast_to(jnp.reshape(jnp.asarray(exponent), given), wanted))
 
 
-def _check_reach(path: tuple, x: jax.Array, exponent: jax.Array, grid: FloatFormat) -> None:
-    """Raises if an element would saturate, where the elements are known."""
+def _check_stored(path: tuple, x: jax.Array, index: jax.Array, exponent: jax.Array, grid: FloatFormat) -> None:
+    """Raises if an element saturated, and names the rows that became 0, where the elements are known."""
     if isinstance(x, Tracer) or isinstance(exponent, Tracer):
         return
-    scale = power_of_two(exponent)
+    scale, name = power_of_two(exponent), f"params{jax.tree_util.keystr(path)}"
     if not jnp.all((x <= scale * grid.max) & (x >= scale * grid.min)):  # False for NaN.
         raise ValueError(
-            f"params{jax.tree_util.keystr(path)} is not finite or exceeds {grid.max} times its scale: clip it first, "
-            "or leave the scale to to_grid."
+            f"{name} is not finite or exceeds {grid.max} times its scale: clip it first, or leave the scale to to_grid."
+        )
+    lost = (row_maximum(magnitude(x), exponent.shape) > 0) & (row_maximum(abs(index), exponent.shape) == 0)
+    if jnp.any(lost):
+        first = tuple(map(int, np.argwhere(lost)[0]))
+        warnings.warn(
+            f"{int(lost.sum())} of {lost.size} rows of {name} became 0, the first at {first}: below the step of their "
+            f"scale, which is at least 2**-{_BELOW} of that of the largest row. Give a `scale`, or leave the leaf out.",
+            stacklevel=3,
         )

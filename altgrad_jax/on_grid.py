@@ -25,7 +25,7 @@ from altgrad_jax.grid_array import (
     rejoined,
 )
 from altgrad_jax.random_words import leaf_keys, random_words, second_word
-from altgrad_jax.scales import followed, weight_rule, with_level
+from altgrad_jax.scales import Rule, followed, weight_rule, with_level
 
 # By so many binades the numbers of a momentum are below those of its weights: moves of a 16th of a row still fit.
 _BELOW = 5
@@ -157,7 +157,7 @@ def _moved_leaf(rates, param, u, exponent, carried, key):
         return u if carried is None else carried.astype(u.dtype), None, carried
     if carried is None:
         return *_without_momentum(param, u, exponent, key), None
-    return _with_momentum(*rates, param, u, exponent, rejoined(carried, _initial(param)), key)
+    return _with_momentum(*rates, param, u, exponent, rejoined(carried, momentum_format(param.format)), key)
 
 
 @jax.jit
@@ -183,7 +183,10 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
         indices += [(encode(m, 0, carried.format, second_word(word)), carried.index.dtype)]
     (index, *kept), level = with_level(indices, reach, exponent.shape, param.format)
     m = dataclasses.replace(carried, index=kept[0], exponent=exponent) if stored else m
-    return *_update(param, index, exponent, level), m
+    # As far as the momentum holds the error of a step that was just made.
+    shrinkage = max(1, int(np.log2(param.grid.max / param.grid.smallest_subnormal)) - _BELOW)
+    rule = weight_rule(param.format)._replace(shrinkage=shrinkage)
+    return *_update(param, index, exponent, level, rule), m
 
 
 @jax.jit
@@ -196,7 +199,9 @@ def _without_momentum(param, u, exponent, key):
     reach = magnitude(before) + jnp.where(saturated, 2 << 23, 0)
     reach = jnp.where(jnp.isfinite(before), reach, 0)
     (index,), level = with_level([(index, param.index.dtype)], reach, exponent.shape, param.format)
-    return _update(param, index, exponent, level)
+    # Slowly, as the next movement of a row that comes from zero is as large as all before.
+    rule = weight_rule(param.format)
+    return _update(param, index, exponent, level, rule._replace(shrinkage=1, empty=rule.full - 14))
 
 
 def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array]:
@@ -208,11 +213,11 @@ def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array
     return param.value(jnp.float32, full=True) * unit, as_real(u).astype(jnp.float32) * unit
 
 
-def _update(param: GridArray, index: Array, exponent: Array, level: Array) -> tuple[GridArray, Array]:
+def _update(param: GridArray, index: Array, exponent: Array, level: Array, rule: Rule) -> tuple[GridArray, Array]:
     """What `optax.apply_updates` adds to a GridArray, and the exponents of the step after."""
     # In the dtype of the index, modulo its range: through int32 the sum would take a kernel of its own on TPUs.
     update = dataclasses.replace(param, index=index - param.index, exponent=exponent - param.exponent)
-    return update, followed(exponent, level, weight_rule(param.format), param.grid, jnp.uint32(0))
+    return update, followed(exponent, level, rule, param.grid, jnp.uint32(0))
 
 
 def _initial(param: Any) -> Any:
@@ -226,7 +231,7 @@ def _initial(param: Any) -> Any:
 def _check_extra(extra_args: dict[str, Any]) -> None:
     if "value_fn" in extra_args:
         raise ValueError(
-            "on_grid cannot store the steps of a line search, got value_fn: the losses it compares lie between the "
+            "on_grid cannot store the steps of a line search, got value_fn: the losses that it compares lie between "
             "numbers of the grid. Use an optimizer that takes its step from the gradient."
         )
     if "grid_scale" in extra_args:

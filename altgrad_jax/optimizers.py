@@ -33,10 +33,10 @@ def manifold_adamw(
 
     The chain `stiffness_precondition -> optax.scale_by_adam -> optax.add_decayed_weights ->
     optax.scale_by_learning_rate -> track_ulp_position`. Adam divides out constant factors: while no weight crosses a
-    power of two this is AdamW with the eps of each weight divided by its stiffness. The README has measurements. Under
-    `optax.inject_hyperparams` give a format as a string or a `FloatFormat` (a dtype class is callable, which Optax
-    takes for a schedule), and name `mu_dtype` and `mask` in `static_args`, as with `optax.adamw`; float16 parameters
-    also need `hyperparam_dtype=jnp.float32`, as 1e6 exceeds float16.
+    power of two this is AdamW with the eps of each weight divided by its stiffness. Under `optax.inject_hyperparams`
+    give a format as a string or a `FloatFormat` (a dtype class is callable, which Optax takes for a schedule), and name
+    `mu_dtype` and `mask` in `static_args`, as with `optax.adamw`; float16 parameters also need
+    `hyperparam_dtype=jnp.float32`, as 1e6 exceeds float16.
 
     Args:
         learning_rate: A number >= 0 or a schedule.
@@ -44,7 +44,7 @@ def manifold_adamw(
         eps: Added to the root of the second moment, >= 0. It competes with gradients times stiffness: for a fine grid,
             such as that of a 16-bit format, choose it as much smaller as the spacing is. float16 parameters need 1e-4
             or more: in float16 the default is 0, and Optax's Adam divides by it.
-        weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate.
+        weight_decay: Decoupled (Loshchilov, Hutter 2019, arXiv 1711.05101), >= 0, multiplied by the learning rate.
         manifold_aware: False makes it plain AdamW with the same tracker; the stiffness's arguments are only checked.
         mantissa_bits, max_stiffness, zero_stiffness: As in `stiffness_precondition`, with the same defaults.
         format: The grid, as in `stiffness_precondition` and in `track_ulp_position`, with the default of each.
@@ -52,9 +52,6 @@ def manifold_adamw(
 
     Returns:
         A transformation whose update needs the parameters; `optax.tree.get(state, "ulp_position")` finds the count.
-
-    References:
-        Loshchilov, Hutter (2019), Decoupled Weight Decay Regularization, arXiv 1711.05101.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -92,8 +89,9 @@ def grid_adamw(
     """AdamW for parameters stored on a grid, without a float32 copy and with its moments in one byte each.
 
     It is `compress_state(on_grid(chain(scale_by_rms, add_decayed_weights, scale_by_learning_rate), momentum=b1))`:
-    AdamW with the momentum behind the division by the root of the second moment and behind the weight decay and the
-    learning rate, where it carries what rounding loses. The same works around any other optimizer.
+    AdamW with the momentum behind the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
+    2002.04839), the weight decay and the learning rate, where it carries what rounding loses. The same works around any
+    other optimizer.
 
     Args:
         learning_rate, eps, weight_decay, mask: As in `manifold_adamw`.
@@ -104,9 +102,6 @@ def grid_adamw(
 
     Returns:
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
-
-    References:
-        Ziyin, Wang, Ueda (2020), LaProp: Separating Momentum and Adaptivity in Adam, arXiv 2002.04839.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax

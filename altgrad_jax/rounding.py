@@ -58,19 +58,17 @@ def fake_quantize(x: jax.typing.ArrayLike, format: FormatLike, scale: jax.typing
     """Rounds to the nearest multiple, by a scale, of a number of a format; gradients pass straight through.
 
     Computes `scale * round_nearest(x / scale)`, with derivative 1 where |x / scale| <= max, 0 where it saturates, and
-    none with respect to the scale, in forward and reverse mode (the straight-through estimator).
+    none with respect to the scale, in forward and reverse mode: the straight-through estimator (Bengio, Leonard,
+    Courville 2013, arXiv 1308.3432).
 
     Args:
         x, format: As in `spacing`.
-        scale: Real numbers that broadcast against x, as `[..., 1]` for one per row; positive, finite (or a ValueError,
-            but for jax arrays). Exact only for powers of two. Default: `power_of_two_scale(x, format)`, one for all of
-            x, under which nothing saturates (but for formats that end below 1, next to the largest float32).
+        scale: Positive, finite numbers (else a ValueError, except in jax arrays) that broadcast against x; exact only
+            for powers of two. Default: `power_of_two_scale(x, format)`, under which nothing saturates (except in
+            formats that end below 1, next to the largest float32).
 
     Returns:
         Quantized numbers in the dtype of x, shape `[...]`. All NaN under the default scale if x is not finite.
-
-    References:
-        Bengio, Leonard, Courville (2013), arXiv 1308.3432.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp

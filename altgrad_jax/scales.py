@@ -1,8 +1,8 @@
 """By which power of two a format is multiplied, and how that follows what is stored under it.
 
-Rows, all but the last axis, have an exponent each. Where a row was about to go is known from the bits of its largest
-element before it was rounded: in eighths of octaves relative to the top binade of the format, its *level*. A row above
-the level at which it counts as full takes a greater exponent at the next step, a row far below a smaller one.
+Rows have an exponent each. Where a row was about to go is known from the bits of its largest element before it was
+rounded: in eighths of octaves relative to the top binade of the format, its *level*. A row above the level at which it
+counts as full takes a greater exponent at the next step, a row far below a smaller one.
 """
 
 from collections.abc import Sequence
@@ -56,9 +56,7 @@ def followed(exponent: jax.Array, level: jax.Array, rule: Rule, format: FloatFor
     Rows of zeros keep theirs. The format is the one that is stored, for its range; the step is uint32, [].
     """
     excess = ((level - rule.full) >> 3) + 1
-    shrinks = (level < rule.empty) & (level > EMPTY)
-    if rule.period > 1:
-        shrinks &= step % rule.period == 0
+    shrinks = (level < rule.empty) & (level > EMPTY) & (step % rule.period == 0)
     change = jnp.where(excess > 0, jnp.minimum(excess, rule.growth), jnp.where(shrinks, excess, 0))
     change = jnp.maximum(change, -rule.shrinkage)
     return jnp.clip(exponent.astype(jnp.int32) + change, *exponent_range(format)).astype(jnp.int8)
@@ -73,14 +71,10 @@ def fitted(magnitude: jax.Array, rule: Rule, format: FloatFormat) -> jax.Array:
 def with_level(
     indices: Sequence[tuple[jax.Array, np.dtype]], magnitude: jax.Array, shape: tuple[int, ...], format: FloatFormat
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Casts what a step stores, and gives the levels of the rows that it was about to store.
+    """Casts what a step stores, int32 to the dtypes given, and gives the levels of the rows that it was about to store.
 
-    Args:
-        indices: What is stored, int32, shape `[...]`, and the dtypes in which.
-        magnitude: Bits of the magnitudes that elements are about to have in units of their scale, int32, `[...]`; 0 for
-            what is not finite.
-        shape: That of the exponents, 1 in each dimension that shares one, and of the levels, int32.
-        format: The format whose top binade has level 0.
+    They come from the bits of the magnitudes that elements are about to have in units of their scale, int32, 0 for what
+    is not finite, and have the shape of the exponents: 1 in each dimension that shares one. All is one kernel on a TPU.
     """
     arrays, dtypes = zip(*indices, strict=True)
 
@@ -88,33 +82,39 @@ def with_level(
         level = jnp.clip((magnitude >> 20) - ((format.maxexp + 126) << 3), EMPTY + 1, 127)
         return jnp.where(magnitude < 2**23, EMPTY, level)
 
-    # On a TPU one kernel writes all of this, if the maximum is one of int32: that of int8 costs 30 bytes per element.
-    def apart(magnitude, *indices):
-        stored = [index.astype(dtype) for index, dtype in zip(indices, dtypes, strict=True)]
-        return stored, level(row_maximum(magnitude, shape))
+    def cast(indices):
+        return [index.astype(dtype) for index, dtype in zip(indices, dtypes, strict=True)]
+
+    # For a TPU, where a maximum of int8 costs 30 bytes per element.
+    def wide(magnitude, *indices):
+        return cast(indices), level(row_maximum(magnitude, shape))
+
+    # On a CPU it is the fast one.
+    def narrow(magnitude, *indices):
+        return cast(indices), row_maximum(level(magnitude).astype(jnp.int8), shape).astype(jnp.int32)
 
     # XLA:CPU makes a kernel of each output, with all that came before in each. One word holds them all, the level on
     # top, so that it is that of the largest word; and a division keeps XLA from making the word again for each. The
     # compiler behind XLA sees that it divides by 1.
     def packed(magnitude, *indices):
-        container = np.dtype(np.int16 if sum(dtype.itemsize for dtype in dtypes) == 1 else np.int32)
-        top, word, shifts = 8 * container.itemsize - 8, level(magnitude), []
-        word <<= top
-        for index, dtype in zip(indices, dtypes, strict=True):
-            shifts.append(8 * sum(earlier.itemsize for earlier in dtypes[: len(shifts)]))
-            word |= (index & (2 ** (8 * dtype.itemsize) - 1)) << shifts[-1]
-        one = ((magnitude & np.int32(2**31 - 1)) >> 31) + 1
-        word = lax.div(word.astype(container), one.astype(container))
+        word, shifts = level(magnitude) << 24, [0, 8 * dtypes[0].itemsize]
+        for index, dtype, shift in zip(indices, dtypes, shifts, strict=True):
+            word |= (index & (2 ** (8 * dtype.itemsize) - 1)) << shift
+        word = lax.div(word, ((magnitude & np.int32(2**31 - 1)) >> 31) + 1)
         stored = [(word >> shift).astype(dtype) for shift, dtype in zip(shifts, dtypes, strict=True)]
-        return stored, row_maximum(word, shape).astype(jnp.int32) >> top
+        return stored, row_maximum(word, shape) >> 24
 
-    fits = sum(dtype.itemsize for dtype in dtypes) < 4
-    return lax.platform_dependent(magnitude, *arrays, cpu=packed if fits else apart, default=apart)
+    fits = len(dtypes) == 2 and sum(dtype.itemsize for dtype in dtypes) < 4
+    return lax.platform_dependent(magnitude, *arrays, cpu=packed if fits else narrow, default=wide)
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the exponents of an array: one for every row."""
-    return (*shape[:-1], 1) if shape else ()
+    """Shape of the exponents of an array: one for every row, that is along the last axis.
+
+    Rows of less than 8 elements merge with the axis before, and no other: stacks of layers are scanned and mapped.
+    """
+    merged = 2 if len(shape) > 1 and shape[-1] < 8 else min(len(shape), 1)
+    return shape[: len(shape) - merged] + (1,) * merged
 
 
 def row_maximum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -134,10 +134,8 @@ def power_of_two_scale(
     """The smallest power of two by which a format must be scaled to reach every element: 2**ceil(log2(amax / max)).
 
     Args:
-        x: Real numbers, any floating dtype (else a TypeError), shape `[...]`.
-        format: Anything that `as_format` accepts.
-        axis: The axes over which the largest magnitude is taken, kept with size 1: `-1` gives a scale per row.
-            Default: all of them, and a scalar.
+        x, format: As in `spacing`.
+        axis: Over which the largest magnitude is taken, kept with size 1. Default: all of them, and a scalar.
 
     Returns:
         Scales, float32 (float64 for float64 x), normal numbers; 1 where x is all zero, NaN where it is not finite.

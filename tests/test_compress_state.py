@@ -162,7 +162,7 @@ class TestExponents:
 
     @pytest.mark.parametrize("pause", [10, 1000])
     def test_of_a_first_gradient_that_comes_late(self, pause):
-        g = jnp.ones((2, 4)).at[1].set(0)
+        g = jnp.ones((2, 8)).at[1].set(0)
         tx = ag.compress_state(optax.scale_by_adam(), min_size=1)
         state = tx.init(g)
         step = jax.jit(lambda state: jax.lax.scan(lambda s, _: (tx.update(g, s, g)[1], None), state, length=pause)[0])
@@ -179,7 +179,7 @@ class TestExponents:
             chex.assert_tree_all_finite((updates, state.inner_state[0].value()))
 
     def test_grow_by_a_bounded_number_of_binades(self):
-        g = jnp.ones((2, 4))
+        g = jnp.ones((2, 8))
         before, after = (self.updated([g] * 4 + [g.at[0, 0].set(1e8)] * k + [g]) for k in (0, 1))
         for moment, most in (("mu", 7), ("nu", 14)):
             grown = getattr(after.inner_state, moment).exponent - getattr(before.inner_state, moment).exponent
@@ -402,6 +402,22 @@ class TestBytes:
         assert weights > 10e6
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
         assert stored / weights == pytest.approx(expected, abs=0.01)
+
+    def test_of_rows_as_short_as_a_head(self):
+        """An exponent for 64 numbers, and each of five arrays of them."""
+        shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+        heads = {name: shape(768, 12, 64) for name in ("query", "key", "value")}
+        block = heads | {
+            "out": shape(12, 64, 768),
+            "up": shape(768, 3072),
+            "down": shape(3072, 768),
+            "norm": shape(768),
+        }
+        params = {"embed": shape(5000, 768), "block": block}
+        stored = jax.eval_shape(ag.to_grid, params)
+        state = jax.eval_shape(ag.grid_adamw(1e-3).init, stored)
+        count = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+        assert count((stored, state)) / sum(leaf.size for leaf in jax.tree.leaves(params)) <= 3.08
 
 
 class TestGridAdamw:

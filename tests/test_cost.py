@@ -63,6 +63,12 @@ class TestStoredWeights:
         assert cost["operations"] <= operations
         assert cost["kernels"] == kernels
 
+    def test_under_vmap(self, costs):
+        """One more read of a bfloat16 gradient, from whose largest elements unset rows would take their exponents."""
+        cost, plain = costs["one matrix"]["grid_adamw, vmap of 4"], costs["one matrix"]["grid_adamw"]
+        assert cost["bytes"] <= plain["bytes"] + 2.01
+        assert cost["kernels"] == 1
+
 
 class TestFortyLeaves:
     """A tree of 40 leaves is one kernel per leaf, and the tracker's 8 bytes more than AdamW."""

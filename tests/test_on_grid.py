@@ -1,6 +1,8 @@
 """on_grid: whole steps, exact under optax.apply_updates, the same on every sharding and after every restart."""
 
+import copy
 import functools
+import pickle
 
 import chex
 import flax.serialization
@@ -299,12 +301,15 @@ class TestExponents:
         np.testing.assert_array_equal(after.exponent, [[1], [0]])
         np.testing.assert_array_equal(ag.from_grid(after, full=True), ag.from_grid(params, full=True))
 
-    @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
-    def test_shrink_at_once_and_exactly(self, arguments):
+    @pytest.mark.parametrize(
+        ("arguments", "steps", "exponent"), [({}, 9, -2), ({"rounding": "nearest"}, 9, -2), ({"momentum": 0.9}, 2, -3)]
+    )
+    def test_shrink_exactly(self, arguments, steps, exponent):
+        """At once with a momentum; without by one per step, and not to the last binade."""
         values = jnp.array([[26.0, 1.0, -3.5, 0.25], [0.0, 0.0, 0.0, 0.0]])
-        params, tx = ag.to_grid(values, scale=1.0), ag.on_grid(optax.scale(1.0), **arguments)
-        after, _ = run(tx, params, tx.init(params), jnp.zeros((2, 4)), 2)
-        np.testing.assert_array_equal(after.exponent, [[-3], [0]])  # A row of zeros keeps its own.
+        params, tx = ag.to_grid(values, scale=jnp.ones((2, 1))), ag.on_grid(optax.scale(1.0), **arguments)
+        after, _ = run(tx, params, tx.init(params), jnp.zeros((2, 4)), steps)
+        np.testing.assert_array_equal(after.exponent, [[exponent], [0]])  # A row of zeros keeps its own.
         np.testing.assert_array_equal(ag.from_grid(after), values)
 
     @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
@@ -369,7 +374,8 @@ class TestExponents:
     @pytest.mark.parametrize("name", ["float8_e3m4", "E2M5", "E0M7"])
     def test_of_a_row_that_starts_tiny_go_the_way_of_the_others(self, name):
         x = jnp.concatenate([jnp.full((1, 64), 3e-11), 0.04 * jax.random.normal(jax.random.key(0), (7, 64))])
-        params = ag.to_grid(x, name)
+        with pytest.warns(UserWarning, match="1 of 8 rows of params became 0"):
+            params = ag.to_grid(x, name)
         tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
         after, state, _ = scan(tx, params, tx.init(params), 1e-4 * jnp.ones((200, 8, 64)))
         gained = owed(after, state, 0.9) - np.asarray(ag.from_grid(params), np.float64)
@@ -444,7 +450,7 @@ class TestDeterminism:
             chex.assert_trees_all_close(sharded[1].momentum, local[1].momentum, atol=1e-8, rtol=1e-5)
         assert not np.array_equal(local[0]["a"].index, params["a"].index)
 
-    @pytest.mark.parametrize("kind", ["msgpack", "orbax"])
+    @pytest.mark.parametrize("kind", ["msgpack", "orbax", "pickle", "copy"])
     def test_a_restart_continues_bit_for_bit(self, tx, kind, tmp_path):
         params, gradients = params_and_gradients(fraction_bits=8)
         through = run(tx, params, tx.init(params), gradients, 6)
@@ -452,12 +458,47 @@ class TestDeterminism:
         if kind == "msgpack":
             fresh = (params, tx.init(params))
             half = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(half))
+        elif kind == "pickle":
+            half = pickle.loads(pickle.dumps(half))
+        elif kind == "copy":
+            half = copy.deepcopy(half)
         else:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(tmp_path / "half", half)
                 checkpointer.wait_until_finished()
                 half = checkpointer.restore(tmp_path / "half", jax.eval_shape(lambda: half))
         chex.assert_trees_all_equal(run(tx, *half, gradients, 3), through)
+
+
+class TestStacks:
+    """Layers that are stacked along the first axis are scanned, mapped and trained together."""
+
+    @pytest.mark.parametrize(
+        ("shape", "exponents"),
+        [
+            ((6, 4, 4), (6, 1, 1)),
+            ((3, 3, 5, 16), (3, 3, 5, 1)),
+            ((3, 3, 1, 4), (3, 3, 1, 1)),
+            ((32, 2, 64), (32, 2, 1)),
+            ((5000, 32), (5000, 1)),
+        ],
+    )
+    def test_of_odd_shapes(self, tx, shape, exponents):
+        stack = ag.to_grid(0.1 * jax.random.normal(jax.random.key(0), (2, *shape)))
+        layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(2)]
+        assert layers[0].exponent.shape == exponents
+        scanned = jax.lax.scan(lambda total, layer: (total + ag.from_grid(layer), None), jnp.zeros(shape), stack)[0]
+        np.testing.assert_array_equal(scanned, ag.from_grid(layers[0]) + ag.from_grid(layers[1]))
+
+        gradients = jax.random.normal(jax.random.key(1), stack.shape)
+        mapped, _ = jax.vmap(tx.update)(gradients, jax.vmap(tx.init)(stack), stack)
+        for i, layer in enumerate(layers):
+            alone, _ = jax.jit(tx.update)(gradients[i], tx.init(layer), layer)
+            chex.assert_trees_all_equal(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), alone)
+        after, _ = run(tx, stack, tx.init(stack), gradients, 3)
+        assert after.exponent.shape == (2, *exponents)
+        moved = ag.from_grid(after, full=True) - ag.from_grid(stack, full=True)
+        assert float((jnp.sign(moved) == -jnp.sign(gradients)).mean()) > 0.1
 
 
 class TestFlaxSerialization:
