@@ -95,7 +95,7 @@ def compress_state(
         ours = [i for i, exponent in enumerate(exponents) if exponent is not None]
         moments = [rejoined(leaves[i], FIRST, SECOND) for i in ours]
         gradients = _gradients([paths[i] for i in ours], updates)
-        exponents = _first_exponents([exponents[i] for i in ours], gradients, moments)
+        exponents = _first_exponents([exponents[i] for i in ours], lax.stop_gradient(gradients), moments)
 
         for i, moment in zip(ours, moments, strict=True):
             leaves[i] = moment.value()
@@ -140,7 +140,7 @@ def _first_exponents(exponents: list, gradients: list, moments: list[GridArray])
 def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) -> jax.Array:
     """A gradient bounds its first average, and its square that of the squares.
 
-    At most 4 binades above the second largest one of the row: no element takes its row with it.
+    What counts is at most 4 binades above the second largest one of the row, so that no element takes its row with it.
     """
     shared = [axis for axis in range(gradient.ndim) if exponent.shape[axis] == 1]
     finite = lambda x: jnp.where(jnp.abs(x) < jnp.inf, jnp.abs(x), 0)  # noqa: E731
@@ -152,10 +152,10 @@ def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) 
 
     pair = lax.reduce((gradient, jnp.zeros_like(gradient)), (gradient.dtype.type(0),) * 2, two_largest, shared)
     largest, second = (magnitude(as_real(x).astype(jnp.float32)).reshape(exponent.shape) for x in pair)
-    largest = jnp.where(second == 0, largest, jnp.minimum(largest, second + (4 << 23)))
+    largest = jnp.where(second < 1 << 23, largest, jnp.minimum(largest, second + (4 << 23)))
     bound = largest if moment.format.signed else jnp.clip(2 * (largest >> 23) - 125, 1, 254) << 23
     fit = fitted(bound, moment_rule(moment.format), moment.format).astype(jnp.int8)
-    return jnp.where((exponent == UNSET) & (largest >= 2**23), fit, exponent)
+    return jnp.where((exponent == UNSET) & (largest >= 1 << 23), fit, exponent)
 
 
 def _initial(moment: jax.Array, format: FloatFormat) -> tuple[GridArray, jax.Array]:

@@ -81,7 +81,8 @@ def stall_rate(update: Any, before: Any, after: Any) -> jax.Array:
         >>> ag.diagnostics.stall_rate(jnp.array([0.1, 0.0, -0.1]), jnp.ones(3), jnp.array([1.0, 1.0, 0.9]))
         Array(0.5, dtype=float32)
     """
-    return 1 - flip_rate(update, before, after)
+    meant, before, after = (_joined(_real, _real_leaves(tree)) for tree in (update, before, after))
+    return jnp.sum((meant != 0) & (before == after)) / jnp.sum(meant != 0)
 
 
 def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:

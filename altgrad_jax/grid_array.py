@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
@@ -165,9 +165,9 @@ def to_grid(
             floating leaves with two or more dimensions.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
             numbers and arrays that broadcast against the leaves. Default: for every row (along the last axis; the last
-            two where it has less than 8 elements) the smallest under which its largest magnitude is below half of the
-            largest number, in a uniform format below seven eighths, and not below 2**-10 of that of the largest row.
-            Rows of zeros get that one, arrays of zeros that of 1/4. A GridArray of the same format keeps its own.
+            two where it has fewer than 8 elements) the smallest under which its largest magnitude is below half of the
+            largest number, in a uniform format below seven eighths, and at least 2**-10 of that of the largest row.
+            Zeros get that of the largest row, or that of an array of 1/4. A GridArray of the format keeps its own.
 
     Returns:
         The tree with GridArrays in the places chosen, of the dtypes of their leaves, and its other leaves untouched.
@@ -206,9 +206,10 @@ def to_grid(
             exponent = x.exponent if exponent is None and x.format == format else exponent
             x = x.value(jnp.float32, full=True)
         x = narrowed(as_real(x))
-        exponent = _row_exponent(x, format, grid) if exponent is None else _broadcast(path, exponent, x.shape)
+        given = exponent
+        exponent = _row_exponent(x, format, grid) if given is None else _broadcast(path, given, x.shape)
         index = encode(x, exponent, grid)
-        _check_stored(path, x, index, exponent, grid)
+        _check_stored(path, x, index, exponent, grid, fitted=given is None)
         return GridArray(index.astype(index_dtype(grid)), exponent, format, fraction_bits, dtype)
 
     paths, leaves, structure = flatten_stored(params)
@@ -293,7 +294,7 @@ def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:
 
 
 def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
-    check_number("fraction_bits", fraction_bits, "[0, 24]", integer=True)
+    check_number("fraction_bits", np.asarray(fraction_bits), "[0, 24]", integer=True)
     most = min(int(math.log2(2**24 / format.max_index)), 23 - format.mantissa_bits)
     if fraction_bits > most:
         raise ValueError(
@@ -338,16 +339,16 @@ def _log2(scale: Any, grid: FloatFormat) -> Any:
 
 
 def _row_exponent(x: jax.Array, format: FloatFormat, grid: FloatFormat) -> jax.Array:
-    """Per row the least exponent under which it is not full; for zeros that of the largest row, or of 1/4."""
+    """Per row the least under which it is not full and not far below the largest row, whose one rows of zeros take."""
     rows = row_maximum(magnitude(x), row_shape(x.shape))
-    largest = jnp.max(rows, initial=0)
+    largest = jnp.max(jnp.where(rows < 255 << 23, rows, 0), initial=0)
     largest = jnp.where(largest == 0, np.float32(0.25).view(np.int32), largest)
     rows = jnp.where(rows == 0, largest, jnp.maximum(rows, largest - (_BELOW << 23)))
     return fitted(rows, weight_rule(format), grid).astype(jnp.int8)
 
 
 def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Gives exponents the dimensions of their array, so that both can be stacked, sliced and sharded together."""
+    """Gives exponents the dimensions of their array, so that both can be stacked and sliced together."""
     given = jnp.shape(exponent)
     if not fits(given, shape):
         raise ValueError(f"scale must broadcast to {shape}, got shape {given} at params{jax.tree_util.keystr(path)}.")
@@ -356,8 +357,8 @@ def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.array(jnp.broadcast_to(jnp.reshape(jnp.asarray(exponent), given), wanted))
 
 
-def _check_stored(path: tuple, x: jax.Array, index: jax.Array, exponent: jax.Array, grid: FloatFormat) -> None:
-    """Raises if an element saturated, and names the rows that became 0, where the elements are known."""
+def _check_stored(path: tuple, x: Array, index: Array, exponent: Array, grid: FloatFormat, fitted: bool) -> None:
+    """Raises if an element saturated, and tells of rows that became 0 under fitted exponents, where they are known."""
     if isinstance(x, Tracer) or isinstance(exponent, Tracer):
         return
     scale, name = power_of_two(exponent), f"params{jax.tree_util.keystr(path)}"
@@ -365,11 +366,11 @@ def _check_stored(path: tuple, x: jax.Array, index: jax.Array, exponent: jax.Arr
         raise ValueError(
             f"{name} is not finite or exceeds {grid.max} times its scale: clip it first, or leave the scale to to_grid."
         )
-    lost = (row_maximum(magnitude(x), exponent.shape) > 0) & (row_maximum(abs(index), exponent.shape) == 0)
-    if jnp.any(lost):
-        first = tuple(map(int, np.argwhere(lost)[0]))
+    lost = (row_maximum(magnitude(x), exponent.shape) >= 1 << 23) & (row_maximum(abs(index), exponent.shape) == 0)
+    if fitted and jnp.any(lost):
+        first = tuple(map(int, np.unravel_index(jnp.argmax(lost), lost.shape)))
         warnings.warn(
             f"{int(lost.sum())} of {lost.size} rows of {name} became 0, the first at {first}: below the step of their "
             f"scale, which is at least 2**-{_BELOW} of that of the largest row. Give a `scale`, or leave the leaf out.",
-            stacklevel=3,
+            stacklevel=4,
         )

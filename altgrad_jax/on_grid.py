@@ -25,7 +25,7 @@ from altgrad_jax.grid_array import (
     rejoined,
 )
 from altgrad_jax.random_words import leaf_keys, random_words, second_word
-from altgrad_jax.scales import Rule, followed, weight_rule, with_level
+from altgrad_jax.scales import followed, weight_rule, with_level
 
 # By so many binades the numbers of a momentum are below those of its weights: moves of a 16th of a row still fit.
 _BELOW = 5
@@ -65,9 +65,9 @@ def on_grid(
     Returns:
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters. The
         inner one gets the extra argument `grid_scale`, a tree like params, 1 for leaves that are not stored. The
-        exponent of a row follows its largest element, one step behind (without a momentum two); until then the row
-        saturates. A movement that is not finite, or 2**128 times the scale, makes its element NaN. A ValueError if no
-        parameter is stored, or if `value_fn` of a line search, or `grid_scale`, is given.
+        exponent of a row follows its largest element, one step behind (without a momentum two, and down by single
+        binades); until then the row saturates. A movement that is not finite, or 2**128 times the scale, makes its
+        element NaN. A ValueError if nothing is stored, or if `value_fn` of a line search or `grid_scale` is given.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -183,10 +183,9 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
         indices += [(encode(m, 0, carried.format, second_word(word)), carried.index.dtype)]
     (index, *kept), level = with_level(indices, reach, exponent.shape, param.format)
     m = dataclasses.replace(carried, index=kept[0], exponent=exponent) if stored else m
-    # As far as the momentum holds the error of a step that was just made.
+    # No further than that the momentum, whose numbers end so far below those of its weights, holds a step of theirs.
     shrinkage = max(1, int(np.log2(param.grid.max / param.grid.smallest_subnormal)) - _BELOW)
-    rule = weight_rule(param.format)._replace(shrinkage=shrinkage)
-    return *_update(param, index, exponent, level, rule), m
+    return *_update(param, index, exponent, level, shrinkage), m
 
 
 @jax.jit
@@ -199,9 +198,8 @@ def _without_momentum(param, u, exponent, key):
     reach = magnitude(before) + jnp.where(saturated, 2 << 23, 0)
     reach = jnp.where(jnp.isfinite(before), reach, 0)
     (index,), level = with_level([(index, param.index.dtype)], reach, exponent.shape, param.format)
-    # Slowly, as the next movement of a row that comes from zero is as large as all before.
-    rule = weight_rule(param.format)
-    return _update(param, index, exponent, level, rule._replace(shrinkage=1, empty=rule.full - 14))
+    # By single binades: a row that leaves zero doubles with its second movement, and would saturate.
+    return _update(param, index, exponent, level, shrinkage=1)
 
 
 def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array]:
@@ -213,11 +211,11 @@ def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array
     return param.value(jnp.float32, full=True) * unit, as_real(u).astype(jnp.float32) * unit
 
 
-def _update(param: GridArray, index: Array, exponent: Array, level: Array, rule: Rule) -> tuple[GridArray, Array]:
+def _update(param: GridArray, index: Array, exponent: Array, level: Array, shrinkage: int) -> tuple[GridArray, Array]:
     """What `optax.apply_updates` adds to a GridArray, and the exponents of the step after."""
     # In the dtype of the index, modulo its range: through int32 the sum would take a kernel of its own on TPUs.
     update = dataclasses.replace(param, index=index - param.index, exponent=exponent - param.exponent)
-    return update, followed(exponent, level, rule, param.grid, jnp.uint32(0))
+    return update, followed(exponent, level, weight_rule(param.format, shrinkage), param.grid, jnp.uint32(0))
 
 
 def _initial(param: Any) -> Any:

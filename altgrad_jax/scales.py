@@ -33,12 +33,12 @@ class Rule(NamedTuple):
     period: int  # Steps between two of which it can shrink.
 
 
-def weight_rule(format: FloatFormat) -> Rule:
-    """For weights: full above half of the largest number, empty below a sixteenth, and at once."""
+def weight_rule(format: FloatFormat, shrinkage: int = 1) -> Rule:
+    """For weights: full above half of the largest number, empty below a 16th, or by single binades a 7th."""
     # A uniform format has no bits to spare: seven eighths and a quarter.
     uniform = format.exponent_bits == 0
     full = _eighths(format) - (1 if uniform else 8)
-    return Rule(full, full - (14 if uniform else 24), 16, 16, 1)
+    return Rule(full, full - (14 if uniform or shrinkage == 1 else 24), 16, shrinkage, 1)
 
 
 def moment_rule(format: FloatFormat) -> Rule:
@@ -73,8 +73,8 @@ def with_level(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Casts what a step stores, int32 to the dtypes given, and gives the levels of the rows that it was about to store.
 
-    They come from the bits of the magnitudes that elements are about to have in units of their scale, int32, 0 for what
-    is not finite, and have the shape of the exponents: 1 in each dimension that shares one. All is one kernel on a TPU.
+    The levels come from the bits of the magnitudes that elements are about to have in units of their scale, int32, 0
+    for what is not finite, and have the shape of the exponents: 1 in each dimension that shares one.
     """
     arrays, dtypes = zip(*indices, strict=True)
 
@@ -111,7 +111,7 @@ def with_level(
 def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the exponents of an array: one for every row, that is along the last axis.
 
-    Rows of less than 8 elements merge with the axis before, and no other: stacks of layers are scanned and mapped.
+    Rows of fewer than 8 elements merge with the axis before, and no other: stacks of matrices are scanned and mapped.
     """
     merged = 2 if len(shape) > 1 and shape[-1] < 8 else min(len(shape), 1)
     return shape[: len(shape) - merged] + (1,) * merged

@@ -68,13 +68,19 @@ def flush(x: Fraction) -> Fraction:
     return x if x >= TINY else Fraction(0)
 
 
+@functools.cache
+def exact_table(name: str) -> list[Fraction]:
+    """The table as Fractions."""
+    return [Fraction(float(value)) for value in table(name)]
+
+
 class Exact:
     """The functions of the grid at one x >= 0 between the numbers k and k + 1 of a table, in exact arithmetic."""
 
     def __init__(self, name: str, x: float, k: int):
-        values = table(name)
+        values = exact_table(name)
         self.x, self.k, self.last = flush(Fraction(x)), k, len(values) - 1
-        self.at = [Fraction(float(v)) for v in values[max(k - 1, 0) : k + 2]]
+        self.at = values[max(k - 1, 0) : k + 2]
         self.below, self.low, self.high = [None, *self.at] if k == 0 else [*self.at, None][:3]
         self.gap = top_gap(name) if k == self.last else self.high - self.low
 

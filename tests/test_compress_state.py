@@ -250,6 +250,24 @@ def is_moment(leaf):
 PARAMS = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4), "deep": [{"mu": jnp.ones((4, 8))}]}
 
 
+class TestDerivatives:
+    """Through a step, as of a loss after some steps with respect to a learning rate."""
+
+    def test_are_those_of_float32_within_the_rounding(self):
+        start, goal = gradient(1), gradient(2)
+
+        def after(rate, tx):
+            params, state = start, tx.init(start)
+            for _ in range(3):
+                updates, state = tx.update(params - goal, state, params)
+                params = optax.apply_updates(params, rate * updates)
+            return jnp.mean((params - goal) ** 2)
+
+        adam = optax.scale_by_adam()
+        ours = jax.grad(lambda rate: after(rate, ag.compress_state(adam, min_size=1)))(-0.01)
+        np.testing.assert_allclose(ours, jax.grad(lambda rate: after(rate, adam))(-0.01), rtol=0.1)
+
+
 class TestLeaves:
     """Moments of the shapes of parameters under the named fields, floating and large enough; nothing else."""
 

@@ -1,5 +1,7 @@
 """GridArray, to_grid and from_grid: every index means one number, and comes back."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -137,6 +139,18 @@ class TestStorage:
         np.testing.assert_array_equal(q.exponent[0, 0] - q.exponent[:, 0], [0, 9, 10, 10, 0, 10])
         np.testing.assert_array_equal(ag.from_grid(q), jnp.where(x < 2.0**-20, 0, x))
         jax.jit(lambda x: ag.to_grid(x, "float8_e3m4"))(x)  # Does not know, and does not warn.
+        ag.to_grid(x, "float8_e3m4", scale=1.0)
+        with pytest.warns(UserWarning, match="3 of 6 rows of params became 0") as caught:
+            ag.to_grid(x.at[4].set(2.0**-40), "float8_e3m4")
+        assert caught[0].filename == __file__
+
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+    def test_scale_of_a_row_is_not_that_of_one_that_is_not_finite(self, bad):
+        """Under jit, where nothing can be raised."""
+        x = jnp.ones((3, 8)).at[0, 0].set(bad)
+        q = jax.jit(ag.to_grid)(x)
+        np.testing.assert_array_equal(q.exponent[1:], ag.to_grid(jnp.ones((2, 8))).exponent)
+        np.testing.assert_array_equal(ag.from_grid(q)[1:], x[1:])
 
     @pytest.mark.parametrize(
         ("shape", "exponents"),
@@ -301,6 +315,11 @@ class TestPytree:
         mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
         moved = jax.device_put(q, jax.NamedSharding(mesh, jax.P("d")))
         assert len(moved.index.sharding.device_set) == len(moved.exponent.sharding.device_set) == 2
+        shared = ag.to_grid(jnp.ones((4, 2)))  # One exponent.
+        shardings = dataclasses.replace(
+            shared, index=jax.NamedSharding(mesh, jax.P("d")), exponent=jax.NamedSharding(mesh, jax.P())
+        )
+        assert not jax.device_put(shared, shardings).index.sharding.is_fully_replicated
 
     @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
     def test_adds_steps_exactly(self, dtype):
@@ -334,6 +353,8 @@ class TestBadInput:
                 "float8_e4m3fn has 126 numbers and takes up to 17 fraction_bits, got 18",
             ),
             ({"fraction_bits": -1}, ValueError, r"fraction_bits must be in \[0, 24\], got -1"),
+            ({"fraction_bits": jnp.float32(7.9)}, ValueError, "fraction_bits must be an integer, got 7.9"),
+            ({"fraction_bits": True}, TypeError, r"fraction_bits must be a number in \[0, 24\], got True"),
             ({"fraction_bits": 0.5}, ValueError, "fraction_bits must be an integer, got 0.5"),
             ({"scale": 0.3}, ValueError, "scale must be a power of two from .*, got 0.3"),
             ({"scale": -1.0}, ValueError, "scale must be a power of two from .*, got -1.0"),

@@ -10,7 +10,7 @@ import pytest
 
 import altgrad_jax as ag
 from altgrad_jax.codec import encode
-from altgrad_jax.random_words import _strides, leaf_keys, random_words, second_word
+from altgrad_jax.random_words import _strides, leaf_keys, mix, random_words, second_word
 
 KEY = jnp.array([0x243F6A88, 0x85A308D3], jnp.uint32)
 
@@ -82,6 +82,12 @@ class TestRandomWords:
         assert _strides((2**20, 2**20)) == ([(1, 1)], [(0, 1)])
         assert _strides((3, 2**31, 2)) == ([(2, 1), (1, 2)], [(0, 1)])
         assert _strides((2**20, 2**12)) == ([(1, 1), (0, 2**12)], [])
+        some = jax.jit(lambda: random_words(KEY, (2**20, 2**20))[3:6, 7:9])()  # No more than these are made.
+        first, second = (np.asarray(key, np.uint32) for key in KEY)
+        with np.errstate(over="ignore"):
+            row = mix(first + np.arange(3, 6, dtype=np.uint32)[:, None])
+            wanted = (mix(row + np.arange(7, 9, dtype=np.uint32)) ^ second) * np.uint32(0x9E3779B1)
+        np.testing.assert_array_equal(some, wanted)
         with pytest.raises(ValueError, match=r"2\*\*32 elements by 2\*\*32, got shape"):
             jax.eval_shape(lambda: random_words(KEY, (2**33,)))
 
