@@ -81,8 +81,7 @@ def stall_rate(update: Any, before: Any, after: Any) -> jax.Array:
         >>> ag.diagnostics.stall_rate(jnp.array([0.1, 0.0, -0.1]), jnp.ones(3), jnp.array([1.0, 1.0, 0.9]))
         Array(0.5, dtype=float32)
     """
-    meant, before, after = (_joined(_real, _real_leaves(tree)) for tree in (update, before, after))
-    return jnp.sum((meant != 0) & (before == after)) / jnp.sum(meant != 0)
+    return _share_of_meant(jnp.equal, update, before, after)
 
 
 def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
@@ -93,8 +92,7 @@ def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
         >>> ag.diagnostics.flip_rate(jnp.array([0.1, 0.0, -0.1]), jnp.ones(3), jnp.array([1.0, 1.0, 0.9]))
         Array(0.5, dtype=float32)
     """
-    meant, before, after = (_joined(_real, _real_leaves(tree)) for tree in (update, before, after))
-    return jnp.sum((meant != 0) & (before != after)) / jnp.sum(meant != 0)
+    return _share_of_meant(jnp.not_equal, update, before, after)
 
 
 def ulp_distance(before: Any, after: Any, format: FormatLike | None = None) -> UlpDistance:
@@ -332,6 +330,12 @@ def _real_leaves(tree: Any) -> list[Any]:
 def _joined(f: Any, *trees: Any) -> jax.Array:
     """A function of leaves, mapped over trees, as one vector."""
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(map_stored(f, *trees))])
+
+
+def _share_of_meant(counts: Any, update: Any, before: Any, after: Any) -> jax.Array:
+    """Share of elements that count among those that were to move."""
+    meant, before, after = (_joined(_real, _real_leaves(tree)) for tree in (update, before, after))
+    return jnp.sum((meant != 0) & counts(before, after)) / jnp.sum(meant != 0)
 
 
 def _entropy(p: jax.Array) -> jax.Array:

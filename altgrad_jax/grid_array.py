@@ -56,8 +56,8 @@ class GridArray:
         GridArray(float8_e4m3fn, shape=(2, 8), int8 + int8[2,1])
     """
 
-    index: jax.Array
-    exponent: jax.Array
+    index: Array
+    exponent: Array
     format: FloatFormat
     fraction_bits: int = 0
     dtype: np.dtype = _FLOAT32
@@ -88,11 +88,11 @@ class GridArray:
         return self.format.refined(self.fraction_bits)
 
     @property
-    def scale(self) -> jax.Array:
+    def scale(self) -> Array:
         """2**exponent, float32, of the shape of the exponents."""
         return power_of_two(self.exponent)
 
-    def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> jax.Array:
+    def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> Array:
         """The numbers, as `from_grid` gives them; in the array's own dtype by default."""
         if full or self.fraction_bits == 0:
             numbers = decode(self.index, self.exponent, self.grid)
@@ -101,7 +101,7 @@ class GridArray:
             numbers = decode(whole, self.exponent, self.format)
         return numbers.astype(self.dtype if dtype is None else dtype)
 
-    def fp8(self) -> tuple[jax.Array, jax.Array]:
+    def fp8(self) -> tuple[Array, Array]:
         """The numbers in their hardware dtype, without a scale, and the scale, float32, for a quantized matmul.
 
         Fraction bits are rounded to nearest-even first. The product of `x` and a kernel with a scale per row is
@@ -115,7 +115,7 @@ class GridArray:
         return jnp.where(self._is_nan, jnp.array(jnp.nan, self.format.dtype), numbers), self.scale
 
     @property
-    def _is_nan(self) -> jax.Array:
+    def _is_nan(self) -> Array:
         # In int32, in which the numbers are decoded too: a comparison in int8 takes TPUs a kernel of its own.
         return self.index.astype(jnp.int32) == nan_index(self.grid)
 
@@ -151,7 +151,7 @@ def to_grid(
     format: FormatLike = "float8_e4m3fn",
     *,
     fraction_bits: int = 0,
-    where: Callable[[tuple, jax.Array], bool] | Any | None = None,
+    where: Callable[[tuple, Array], bool] | Any | None = None,
     scale: Any | None = None,
 ) -> Any:
     """Stores parameters on a grid: every chosen leaf becomes a GridArray of its nearest numbers.
@@ -170,8 +170,7 @@ def to_grid(
             Zeros get that of the largest row, or that of an array of 1/4. A GridArray of the format keeps its own.
 
     Returns:
-        The tree with GridArrays in the places chosen, of the dtypes of their leaves, and its other leaves untouched.
-        Warns of rows that became 0.
+        The tree with GridArrays, of the dtypes of their leaves, in the places chosen. Warns of rows that became 0.
 
     Raises:
         ValueError: If an index would need more than 2**24 steps, a scale is no power of two that is legal for the
@@ -191,7 +190,7 @@ def to_grid(
     fraction_bits = _fraction_bits(format, fraction_bits)
     grid = format.refined(fraction_bits)
 
-    def leaf(path, x, choice, exponent):
+    def leaf(path, x, choice, given):
         if not isinstance(choice, bool | np.bool):
             raise TypeError(f"where must be a bool at params{jax.tree_util.keystr(path)}, got {choice!r}.")
         if not choice:
@@ -203,13 +202,12 @@ def to_grid(
                 "leave it out with `where`."
             )
         if is_grid_array(x):
-            exponent = x.exponent if exponent is None and x.format == format else exponent
+            given = x.exponent if given is None and x.format == format else given
             x = x.value(jnp.float32, full=True)
         x = narrowed(as_real(x))
-        given = exponent
         exponent = _row_exponent(x, format, grid) if given is None else _broadcast(path, given, x.shape)
         index = encode(x, exponent, grid)
-        _check_stored(path, x, index, exponent, grid, fitted=given is None)
+        _check_stored(path, x, index, exponent, grid, chosen=given is None)
         return GridArray(index.astype(index_dtype(grid)), exponent, format, fraction_bits, dtype)
 
     paths, leaves, structure = flatten_stored(params)
@@ -285,7 +283,7 @@ def checked_values(transformation: str, updates: Any, params: Any) -> Any:
     return floats
 
 
-def _whole_index(index: jax.Array, fraction_bits: int) -> jax.Array:
+def _whole_index(index: Array, fraction_bits: int) -> Array:
     """Rounds positions to whole ones, nearest, ties to even; int32."""
     index = index.astype(jnp.int32)
     if fraction_bits == 0:
@@ -338,7 +336,7 @@ def _log2(scale: Any, grid: FloatFormat) -> Any:
     return np.asarray(exponent - 1, np.int8)
 
 
-def _row_exponent(x: jax.Array, format: FloatFormat, grid: FloatFormat) -> jax.Array:
+def _row_exponent(x: Array, format: FloatFormat, grid: FloatFormat) -> Array:
     """Per row the least under which it is not full and not far below the largest row, whose one rows of zeros take."""
     rows = row_maximum(magnitude(x), row_shape(x.shape))
     largest = jnp.max(jnp.where(rows < 255 << 23, rows, 0), initial=0)
@@ -347,7 +345,7 @@ def _row_exponent(x: jax.Array, format: FloatFormat, grid: FloatFormat) -> jax.A
     return fitted(rows, weight_rule(format), grid).astype(jnp.int8)
 
 
-def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> jax.Array:
+def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> Array:
     """Gives exponents the dimensions of their array, so that both can be stacked and sliced together."""
     given = jnp.shape(exponent)
     if not fits(given, shape):
@@ -357,8 +355,8 @@ def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> jax.Array:
     return jnp.array(jnp.broadcast_to(jnp.reshape(jnp.asarray(exponent), given), wanted))
 
 
-def _check_stored(path: tuple, x: Array, index: Array, exponent: Array, grid: FloatFormat, fitted: bool) -> None:
-    """Raises if an element saturated, and tells of rows that became 0 under fitted exponents, where they are known."""
+def _check_stored(path: tuple, x: Array, index: Array, exponent: Array, grid: FloatFormat, chosen: bool) -> None:
+    """Raises if an element saturated, and names rows that became 0 under exponents chosen here, if all is known."""
     if isinstance(x, Tracer) or isinstance(exponent, Tracer):
         return
     scale, name = power_of_two(exponent), f"params{jax.tree_util.keystr(path)}"
@@ -367,7 +365,7 @@ def _check_stored(path: tuple, x: Array, index: Array, exponent: Array, grid: Fl
             f"{name} is not finite or exceeds {grid.max} times its scale: clip it first, or leave the scale to to_grid."
         )
     lost = (row_maximum(magnitude(x), exponent.shape) >= 1 << 23) & (row_maximum(abs(index), exponent.shape) == 0)
-    if fitted and jnp.any(lost):
+    if chosen and jnp.any(lost):
         first = tuple(map(int, np.unravel_index(jnp.argmax(lost), lost.shape)))
         warnings.warn(
             f"{int(lost.sum())} of {lost.size} rows of {name} became 0, the first at {first}: below the step of their "

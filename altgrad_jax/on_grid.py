@@ -184,7 +184,7 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
     (index, *kept), level = with_level(indices, reach, exponent.shape, param.format)
     m = dataclasses.replace(carried, index=kept[0], exponent=exponent) if stored else m
     # No further than that the momentum, whose numbers end so far below those of its weights, holds a step of theirs.
-    shrinkage = max(1, int(np.log2(param.grid.max / param.grid.smallest_subnormal)) - _BELOW)
+    shrinkage = max(1, param.grid.maxexp - 1 - param.grid.minexp + param.grid.mantissa_bits - _BELOW)
     return *_update(param, index, exponent, level, shrinkage), m
 
 

@@ -90,8 +90,7 @@ def grid_adamw(
 
     It is `compress_state(on_grid(chain(scale_by_rms, add_decayed_weights, scale_by_learning_rate), momentum=b1))`:
     AdamW with the momentum behind the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
-    2002.04839), the weight decay and the learning rate, where it carries what rounding loses. The same works around any
-    other optimizer.
+    2002.04839), the weight decay and the learning rate, where it carries what rounding loses.
 
     Args:
         learning_rate, eps, weight_decay, mask: As in `manifold_adamw`.

@@ -57,8 +57,7 @@ def followed(exponent: jax.Array, level: jax.Array, rule: Rule, format: FloatFor
     """
     excess = ((level - rule.full) >> 3) + 1
     shrinks = (level < rule.empty) & (level > EMPTY) & (step % rule.period == 0)
-    change = jnp.where(excess > 0, jnp.minimum(excess, rule.growth), jnp.where(shrinks, excess, 0))
-    change = jnp.maximum(change, -rule.shrinkage)
+    change = jnp.where((excess > 0) | shrinks, jnp.clip(excess, -rule.shrinkage, rule.growth), 0)
     return jnp.clip(exponent.astype(jnp.int32) + change, *exponent_range(format)).astype(jnp.int8)
 
 

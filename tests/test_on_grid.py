@@ -371,39 +371,6 @@ class TestExponents:
         np.testing.assert_allclose(means[-1], 0.5, atol=0.02)
         assert max(means) < 0.55
 
-    @pytest.mark.parametrize("name", ["float8_e3m4", "E2M5", "E0M7"])
-    def test_of_a_row_that_starts_tiny_go_the_way_of_the_others(self, name):
-        x = jnp.concatenate([jnp.full((1, 64), 3e-11), 0.04 * jax.random.normal(jax.random.key(0), (7, 64))])
-        with pytest.warns(UserWarning, match="1 of 8 rows of params became 0"):
-            params = ag.to_grid(x, name)
-        tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
-        after, state, _ = scan(tx, params, tx.init(params), 1e-4 * jnp.ones((200, 8, 64)))
-        gained = owed(after, state, 0.9) - np.asarray(ag.from_grid(params), np.float64)
-        np.testing.assert_allclose(gained[0].mean(), 0.02, rtol=0.1)
-
-    @pytest.mark.parametrize("name", ["float8_e3m4", "float8_e4m3fn", "E2M5", "E0M7"])
-    def test_of_rows_from_zero_end_as_fitted_ones(self, name):
-        """As the `B` of LoRA: no further from float32 than from a start under the scales of the end."""
-        rate = jnp.linspace(1, 0, 300)[:, None, None] / 150
-        goal, noise = (
-            0.02 * jax.random.normal(jax.random.key(0), (64, 64)),
-            jax.random.normal(jax.random.key(1), (300, 64, 64)),
-        )
-        moves = rate * (goal + 0.2 * noise)
-        zero, twin = jnp.zeros((64, 64)), optax.ema(0.9)
-
-        def step(carry, move):
-            update, state = twin.update(move, carry[1])
-            return (carry[0] + update, state), None
-
-        (end, _), _ = jax.lax.scan(step, (zero, twin.init(zero)), moves)
-        tx, errors = ag.on_grid(optax.scale(1.0), momentum=0.9), []
-        for scale in (None, ag.to_grid(end, name).scale):
-            params = ag.to_grid(zero, name, scale=scale)
-            after, _, _ = scan(tx, params, tx.init(params), moves)
-            errors.append(float(jnp.linalg.norm(ag.from_grid(after) - end)))
-        assert errors[0] <= 1.3 * errors[1]
-
 
 class TestDeterminism:
     """The random bits are a function of seed, step, path and position alone."""
