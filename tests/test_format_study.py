@@ -255,16 +255,11 @@ class TestResumption:
         command = [sys.executable, FOLDER / "study.py", "--out", path, *options]
         return subprocess.Popen(
             command,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"} | self.shared_programs(path.parent / "programs"),
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-
-    def shared_programs(self, folder):
-        """One run compiles for all."""
-        everything = ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES")
-        return {"JAX_COMPILATION_CACHE_DIR": str(folder)} | dict.fromkeys(everything, "0")
 
     def finish(self, path, config):
         process = self.start(path, config)
