@@ -8,6 +8,7 @@ import optax
 
 from altgrad_jax._checks import check_number
 from altgrad_jax.compress_state import compress_state
+from altgrad_jax.factored import scale_by_factored_rms
 from altgrad_jax.formats import FormatLike
 from altgrad_jax.grid_steps import on_values, scale_by_grid_steps
 from altgrad_jax.on_grid import on_grid
@@ -82,21 +83,27 @@ def grid_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     *,
-    second_moment: str = "8bit",
+    second_moment: str = "factored",
     seed: int = 0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW for parameters stored on a grid, without a float32 copy and with its moments in one byte each.
+    """AdamW for parameters stored on a grid, without a float32 copy: one byte of state per weight, the momentum.
 
-    It is `compress_state(on_grid(chain(scale_by_rms, add_decayed_weights, scale_by_learning_rate), momentum=b1))`:
-    AdamW with the momentum behind the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
+    It is `on_grid(chain(scale_by_second_moment, add_decayed_weights, scale_by_learning_rate), momentum=b1)`: AdamW with
+    the momentum behind the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
     2002.04839), the weight decay and the learning rate, where it carries what rounding loses.
 
     Args:
-        learning_rate, eps, weight_decay, mask: As in `manifold_adamw`.
+        learning_rate, weight_decay, mask: As in `manifold_adamw`.
         b1: Decay rate of the momentum, in [0, 1). 0 keeps none, and its byte: for weights with fraction bits.
         b2: Decay rate of the second moment, in [0, 1).
-        second_moment: "8bit", or "float32" without `compress_state`.
+        eps: Added to the root of the second moment, >= 0; its square to the means of a factored one.
+        second_moment: "factored" keeps the means of the squares over rows and over columns (Adafactor: Shazeer, Stern
+            2018, arXiv 1804.04235), float32: of a kernel `[n, m]` n + m numbers, of a stack as many for each of its
+            matrices, of a leaf with fewer dimensions every square. A square counts as at most 1024 times the largest of
+            the means that it enters and that of the leaf, and before the learning rate an update is at most 32: a
+            gradient that is far larger than all others, an infinite one too, changes no others. "8bit" has a byte per
+            weight, by `compress_state`, and "float32" four.
         seed: Of the random words, as in `on_grid`.
 
     Returns:
@@ -110,11 +117,12 @@ def grid_adamw(
         >>> ag.from_grid(optax.apply_updates(params, updates))["kernel"].shape
         (1, 2)
     """
-    if second_moment not in ("8bit", "float32"):
-        raise ValueError(f"second_moment must be '8bit' or 'float32', got {second_moment!r}.")
+    if second_moment not in ("factored", "8bit", "float32"):
+        raise ValueError(f"second_moment must be 'factored', '8bit' or 'float32', got {second_moment!r}.")
     _check_numbers(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    whole = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
     inner = optax.chain(
-        optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
+        scale_by_factored_rms(b2, eps) if second_moment == "factored" else whole,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

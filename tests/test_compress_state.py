@@ -381,78 +381,6 @@ class TestSchedules:
         np.testing.assert_allclose(stored, way(inner, start), rtol=0.05)
 
 
-class TestBytes:
-    """Parameters and optimizer state of a model of ten million weights, scales included."""
-
-    def model(self):
-        """A decoder of width 384 and 6 layers with a vocabulary of 512, as shapes."""
-        shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-        block = {"qkv": shape(384, 1152), "out": shape(384, 384), "up": shape(384, 1536), "down": shape(1536, 384)}
-        biases = {"b": shape(1536), "norm": shape(768)}
-        return {"embed": shape(512, 384), "blocks": [block | biases] * 6, "head": shape(384, 512)}
-
-    @pytest.mark.parametrize(("fraction_bits", "b1", "expected"), [(0, 0.9, 3.02), (8, 0.0, 3.01), (8, 0.9, 4.02)])
-    def test_of_grid_adamw(self, fraction_bits, b1, expected):
-        params = jax.eval_shape(lambda p: ag.to_grid(p, fraction_bits=fraction_bits), self.model())
-        state = jax.eval_shape(ag.grid_adamw(1e-3, b1).init, params)
-        weights = sum(leaf.size for leaf in jax.tree.leaves(self.model()))
-        assert weights > 10e6
-        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
-        assert stored / weights == pytest.approx(expected, abs=0.01)
-
-    def test_of_rows_as_short_as_a_head(self):
-        """An exponent for 64 numbers, and each of five arrays of them."""
-        shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-        heads = {name: shape(768, 12, 64) for name in ("query", "key", "value")}
-        block = heads | {
-            "out": shape(12, 64, 768),
-            "up": shape(768, 3072),
-            "down": shape(3072, 768),
-            "norm": shape(768),
-        }
-        params = {"embed": shape(5000, 768), "block": block}
-        stored = jax.eval_shape(ag.to_grid, params)
-        state = jax.eval_shape(ag.grid_adamw(1e-3).init, stored)
-        count = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-        assert count((stored, state)) / sum(leaf.size for leaf in jax.tree.leaves(params)) <= 3.08
-
-
-class TestGridAdamw:
-    """Its chain, argument for argument."""
-
-    ARGUMENTS = (0.02, 0.8, 0.95, 1e-3, 0.3)
-
-    def run(self, tx):
-        draw = lambda seed: jax.random.normal(jax.random.key(seed), (64, 64))  # noqa: E731
-        params = ag.to_grid({"kernel": draw(0), "bias": draw(1)[0]})
-        state, update = tx.init(params), jax.jit(tx.update)
-        for seed in range(3):
-            gradients = {"kernel": draw(seed), "bias": draw(seed)[1]}
-            updates, state = update(gradients, state, params)
-            params = optax.apply_updates(params, updates)
-        return params, state
-
-    @pytest.mark.parametrize("second_moment", ["8bit", "float32"])
-    @pytest.mark.parametrize("b1", [0.8, 0.0])
-    def test_is_the_chain(self, second_moment, b1):
-        learning_rate, _, b2, eps, decay = self.ARGUMENTS
-        mask = {"kernel": True, "bias": False}
-        inner = optax.chain(
-            optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
-            optax.add_decayed_weights(decay, mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-        chain = ag.on_grid(inner, momentum=b1 or None, seed=7)
-        if second_moment == "8bit":
-            chain = ag.compress_state(chain, seed=7)
-        tx = ag.grid_adamw(learning_rate, b1, b2, eps, decay, second_moment=second_moment, seed=7, mask=mask)
-        chex.assert_trees_all_equal(self.run(tx), self.run(chain))
-
-    def test_of_another_seed_draws_other_bits(self):
-        results = [self.run(ag.grid_adamw(*self.ARGUMENTS, seed=seed))[0]["kernel"].index for seed in (0, 1)]
-        assert (results[0] != results[1]).any()
-
-
 class TestBadInput:
     """Refused where it can first be known."""
 
@@ -488,16 +416,3 @@ class TestBadInput:
         tx = ag.compress_state(ag.compress_state(optax.adam(1e-3), min_size=1))
         with pytest.raises(ValueError, match="compress a state once only"):
             tx.init(jnp.ones((8, 8)))
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"second_moment": "4bit"}, "second_moment must be '8bit' or 'float32', got '4bit'"),
-            ({"b1": 1.0}, r"b1 must be in \[0, 1\), got 1.0"),
-            ({"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
-            ({"learning_rate": -1.0}, r"learning_rate must be in \[0, inf\), got -1.0"),
-        ],
-    )
-    def test_of_grid_adamw(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            ag.grid_adamw(**{"learning_rate": 1e-3} | arguments)

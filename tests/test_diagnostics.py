@@ -149,7 +149,10 @@ class TestShares:
 
     def test_of_a_whole_state(self):
         """Moments are read in it, and step counters and exponents are left out."""
-        tx, params = ag.grid_adamw(0.5), ag.to_grid(jax.random.normal(jax.random.key(0), (64, 64)))
+        tx, params = (
+            ag.grid_adamw(0.5, second_moment="8bit"),
+            ag.to_grid(jax.random.normal(jax.random.key(0), (64, 64))),
+        )
         updates, state = tx.update(jnp.ones((64, 64)), tx.init(params), params)
         moments = [state.inner_state.momentum, state.inner_state.inner_state[0].nu]
         saturated = sum(int((jnp.abs(m.index.astype(jnp.int32)) == m.format.max_index).sum()) for m in moments)

@@ -23,6 +23,7 @@ FLOORS = {
     "stiffness": 4,
     "on_grid": 4,
     "compress_state": 4,
+    "factored": 4,
     "grid_steps": 4,
     "diagnostics": 4,
     "optimizers": 5,

@@ -38,6 +38,7 @@ OPTIMIZERS = {
     "compress_state(optax.adamw)": (ag.compress_state(optax.adamw(1e-3)), None),
     "on_grid(optax.adamw)": (ag.on_grid(optax.adamw(1e-3)), 0),
     "grid_adamw, float32 second moment": (ag.grid_adamw(1e-3, second_moment="float32"), 0),
+    "grid_adamw, 8-bit second moment": (ag.grid_adamw(1e-3, second_moment="8bit"), 0),
     "grid_adamw": (ag.grid_adamw(1e-3), 0),
     "grid_adamw, 2-byte weight": (ag.grid_adamw(1e-3, b1=0), 8),
 }

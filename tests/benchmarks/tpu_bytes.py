@@ -52,6 +52,7 @@ import optax
 from jax.experimental import topologies
 
 import altgrad_jax as ag
+from altgrad_jax import factored
 
 MODELS = {
     "one matrix": {"w": (16384, 16384)},
@@ -68,22 +69,28 @@ OPTIMIZERS = {
         optax.scale_by_learning_rate(1e-3),
     ),
 }
+SCHEDULE = optax.cosine_decay_schedule(1e-3, 1000)
 # Parameters in float8_e4m3fn with so many fraction bits, and the dtype of the gradients.
 STORED = {
     "on_grid(optax.adamw)": (ag.on_grid(optax.adamw(1e-3)), 0, jnp.float32),
     "on_grid(momentum)": (ag.on_grid(optax.scale(-1e-3), momentum=0.9), 0, jnp.bfloat16),
     "grid_adamw, f32 second moment": (ag.grid_adamw(1e-3, second_moment="float32"), 0, jnp.float32),
+    "grid_adamw, 8bit": (ag.grid_adamw(1e-3, second_moment="8bit"), 0, jnp.bfloat16),
+    "grid_adamw, 8bit, a schedule": (ag.grid_adamw(SCHEDULE, second_moment="8bit"), 0, jnp.bfloat16),
+    "grid_adamw, 8bit, f32 gradients": (ag.grid_adamw(SCHEDULE, second_moment="8bit"), 0, jnp.float32),
+    "grid_adamw, 8bit, 2-byte weight": (ag.grid_adamw(1e-3, b1=0, second_moment="8bit"), 8, jnp.bfloat16),
     "grid_adamw": (ag.grid_adamw(1e-3), 0, jnp.bfloat16),
-    "grid_adamw, a schedule": (ag.grid_adamw(optax.cosine_decay_schedule(1e-3, 1000)), 0, jnp.bfloat16),
-    "grid_adamw, float32 gradients": (ag.grid_adamw(optax.cosine_decay_schedule(1e-3, 1000)), 0, jnp.float32),
+    "grid_adamw, a schedule": (ag.grid_adamw(SCHEDULE), 0, jnp.bfloat16),
+    "grid_adamw, float32 gradients": (ag.grid_adamw(SCHEDULE), 0, jnp.float32),
     "grid_adamw, 2-byte weight": (ag.grid_adamw(1e-3, b1=0), 8, jnp.bfloat16),
 }
 
 
 # What an ordinary step does not do. The module, as the package has a function of this name.
 compress_state = importlib.import_module("altgrad_jax.compress_state")
-first_exponents = compress_state._first_exponents
+first_exponents, first_means = compress_state._first_exponents, factored._before
 compress_state._first_exponents = lambda exponents, *_: exponents
+factored._before = lambda rows, *_: rows
 
 
 def described(shapes: dict[str, tuple[int, ...]], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -102,11 +109,14 @@ def stored_cost(shapes, tx, fraction_bits, dtype, device) -> dict[str, float]:
     return compiled(tx, params, described(shapes, dtype), device)
 
 
-def mapped_cost(device: jax.Device) -> dict[str, float]:
+def mapped_cost(second_moment: str, device: jax.Device) -> dict[str, float]:
     """The same for grid_adamw mapped over the layers of a stack, under which a conditional is always taken."""
-    tx = ag.grid_adamw(1e-3)
+    tx = ag.grid_adamw(1e-3, second_moment=second_moment)
     tx = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
-    with mock.patch.object(compress_state, "_first_exponents", first_exponents):
+    with (
+        mock.patch.object(compress_state, "_first_exponents", first_exponents),
+        mock.patch.object(factored, "_before", first_means),
+    ):
         return stored_cost({"w": (4, 8192, 8192)}, tx, 0, jnp.bfloat16, device)
 
 
@@ -149,14 +159,15 @@ def main():
         }
         for model, shapes in MODELS.items()
     }
-    costs["one matrix"]["grid_adamw, vmap of 4"] = mapped_cost(device)
+    costs["one matrix"]["grid_adamw, 8bit, vmap of 4"] = mapped_cost("8bit", device)
+    costs["one matrix"]["grid_adamw, vmap of 4"] = mapped_cost("factored", device)
     if arguments.json:
         print(json.dumps(costs))
         return
     for model, rows in costs.items():
         for name, row in rows.items():
             traffic = f"{row['bytes']:6.2f} bytes,{row['operations']:6.1f} operations per weight"
-            print(f"{model:12}{name:30}{traffic},{row['kernels']:3} kernels")
+            print(f"{model:12}{name:32}{traffic},{row['kernels']:3} kernels")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,275 @@
+"""The factored second moment against Optax's, and what it does where Optax's does harm."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import altgrad_jax as ag
+from altgrad_jax.factored import matrix_axes, scale_by_factored_rms
+
+B2, EPS = 0.99, 1e-8
+SHAPE, STEPS = (64, 128), 1200
+
+
+def optax_factored(b2=B2, eps=EPS):
+    """Optax's, told the same decay rates and eps, for leaves of any size."""
+
+    def rate(t, b):
+        t = jnp.float32(t)
+        return b * (1 - b**t) / (1 - b ** (t + 1))
+
+    return optax.scale_by_factored_rms(decay_rate=b2, min_dim_size_to_factor=1, epsilon=eps**2, decay_rate_fn=rate)
+
+
+OURS, THEIRS = scale_by_factored_rms(B2, EPS), optax_factored()
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def updates_of(tx, gradients):
+    """Updates of a leaf for gradients `[steps, ...]`, and the state after them."""
+    like = jnp.zeros(gradients.shape[1:], gradients.dtype)
+
+    def step(state, gradient):
+        updates, state = tx.update(gradient, state, like)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, tx.init(like), gradients)
+    return updates, state
+
+
+class TestMatrices:
+    """Of which axes the means are."""
+
+    @pytest.mark.parametrize(
+        ("shape", "axes"),
+        [
+            ((4, 6), (0, 1)),
+            ((50000, 32), (0, 1)),
+            ((48, 32, 32), (1, 2)),  # More layers than rows.
+            ((32, 4096, 11008), (1, 2)),
+            ((6, 4, 4), (1, 2)),
+            ((768, 12, 64), (0, 2)),  # A kernel of attention, and its way back.
+            ((12, 64, 768), (1, 2)),
+            ((3072, 16, 256), (0, 2)),  # Of more heads than its width has room for.
+            ((4096, 8, 128), (0, 2)),
+            ((24, 768, 12, 64), (1, 3)),
+            ((3, 3, 64, 128), (2, 3)),
+            ((3, 3, 1, 16), (1, 3)),
+        ],
+    )
+    def test_of_a_shape(self, shape, axes):
+        assert matrix_axes(shape) == axes
+
+    @pytest.mark.parametrize("shape", [(5, 4, 4), (16, 6, 6), (3, 3, 8, 16)])
+    def test_in_a_stack_are_as_by_themselves(self, shape):
+        gradients = draw(0, 20, *shape)
+        together, state = updates_of(OURS, gradients)
+        matrices = gradients.reshape(20, -1, *shape[-2:])
+        for i in range(matrices.shape[1]):
+            alone, _ = updates_of(OURS, matrices[:, i])
+            np.testing.assert_allclose(together.reshape(matrices.shape)[:, i], alone, rtol=1e-5)
+        assert state.row.shape == (*shape[:-1], 1)
+        assert state.column.shape == (*shape[:-2], 1, shape[-1])
+
+    def test_under_vmap(self):
+        """Bit for bit."""
+        tx, gradients = OURS, draw(0, 20, 5, 4, 16)
+        mapped, _ = jax.vmap(functools.partial(updates_of, tx), in_axes=1)(gradients)
+        np.testing.assert_array_equal(mapped, jnp.moveaxis(updates_of(tx, gradients)[0], 1, 0))
+
+
+class TestOptax:
+    """Without outliers it is Optax's, within a few roundings of float32."""
+
+    @pytest.mark.parametrize("shape", [(), (7,), (1, 1), (64, 1), (1, 64), (64, 48), (96, 4, 32)])
+    @pytest.mark.parametrize("size", [1e-12, 1e-9, 1e-2, 1e9])
+    def test_gives_these_updates(self, shape, size):
+        gradients = size * draw(0, 30, *shape)
+        ours, theirs = (updates_of(tx, gradients)[0] for tx in (OURS, THEIRS))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+    @pytest.mark.parametrize("eps", [1e-3, 1e-8, 1e-12])
+    @pytest.mark.parametrize("b2", [0.0, 0.9, 0.999])
+    def test_for_every_hyperparameter(self, b2, eps):
+        gradients = 1e-3 * draw(0, 30, 16, 8)
+        ours, theirs = (
+            updates_of(scale_by_factored_rms(b2, eps), gradients)[0],
+            updates_of(optax_factored(b2, eps), gradients)[0],
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+
+
+class TestMeans:
+    """Averages without a bias, in float32."""
+
+    def test_of_constant_gradients_are_their_squares_at_every_step(self):
+        rows, columns = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 0.5, 0.25])
+        gradient = rows[:, None] * columns
+        tx = scale_by_factored_rms(0.999, EPS)
+        for steps in (1, 2, 100):
+            updates, state = updates_of(tx, jnp.broadcast_to(gradient, (steps, 4, 3)))
+            np.testing.assert_allclose(state.row[:, 0], (gradient**2).mean(1), rtol=1e-4)
+            np.testing.assert_allclose(state.column[0], (gradient**2).mean(0), rtol=1e-4)
+            np.testing.assert_allclose(updates, 1, rtol=1e-4)
+        assert state.count == 100
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_of_narrow_leaves_do_not_freeze(self, dtype):
+        """Under b2 = 0.999 a mean in their dtype would stand still."""
+        tx = scale_by_factored_rms(0.999, EPS)
+        gradients = jnp.concatenate([jnp.full((10, 8, 8), 2.0), jnp.full((3000, 8, 8), 1.0)]).astype(dtype)
+        updates, state = updates_of(tx, gradients)
+        assert (state.row.dtype, state.column.dtype, updates.dtype) == (jnp.float32, jnp.float32, dtype)
+        np.testing.assert_allclose(state.row, 1, rtol=0.01)
+        # Gradients of narrow dtype for float32 parameters, as those of GridArrays are, do not narrow the update.
+        assert tx.update(gradients[0], state, jnp.zeros((8, 8)))[0].dtype == jnp.float32
+
+    def test_of_zeros(self):
+        """Rows, columns, leaves and no eps: nothing moves, and nothing is NaN."""
+        for eps in (0.0, EPS):
+            gradients = draw(0, 20, 8, 8).at[:, 3].set(0).at[:, :, 5].set(0)
+            updates, _ = updates_of(scale_by_factored_rms(B2, eps), gradients)
+            assert jnp.isfinite(updates).all()
+            assert not updates[:, 3].any()
+            assert not updates[:, :, 5].any()
+            updates, state = updates_of(scale_by_factored_rms(B2, eps), jnp.zeros((20, 8, 8)))
+            assert not updates.any()
+            assert not state.row.any()
+
+    def test_of_a_tree_with_nothing_in_it(self):
+        tx = OURS
+        assert tx.update({}, tx.init({}), {})[0] == {}
+        updates, _ = tx.update(
+            {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)}, tx.init({"a": jnp.zeros((0, 3)), "b": jnp.ones(2)})
+        )
+        assert updates["a"].shape == (0, 3)
+        np.testing.assert_allclose(updates["b"], 1)
+
+    def test_under_jit_are_those_of_eager_steps(self):
+        """To the last bit but one of the decay rate."""
+        tx, gradients = OURS, {"a": draw(0, 16, 8), "b": draw(1, 8)}
+        eager, compiled = tx.init(gradients), tx.init(gradients)
+        for _ in range(3):
+            (now, eager), (then, compiled) = tx.update(gradients, eager), jax.jit(tx.update)(gradients, compiled)
+        chex.assert_trees_all_close((now, eager), (then, compiled), rtol=3e-7)
+
+
+@functools.cache
+def runner(ours):
+    tx = scale_by_factored_rms(0.999, EPS) if ours else optax_factored(0.999)
+
+    @jax.jit
+    def run(gain, spike, place=(3, 5)):
+        """Sum of the updates; gain of the rows `[steps, 64]`, spikes `[steps]`."""
+
+        def step(state, now):
+            gradient = (GRADIENT * now[0][:, None]).at[place].set(jnp.where(now[1] == 0, GRADIENT[place], now[1]))
+            updates, state = tx.update(gradient, state, GRADIENT)
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(GRADIENT), (gain, spike))[1].sum(axis=0)
+
+    return run
+
+
+GRADIENT = 0.01 * (1 + 0.1 * draw(0, *SHAPE))
+EVEN = jnp.ones((STEPS, SHAPE[0]))
+NONE = jnp.zeros(STEPS)
+OTHERS = np.ones(SHAPE, bool)
+OTHERS[3], OTHERS[:, 5] = False, False
+
+
+def way(gain=EVEN, spike=NONE, ours=True):
+    return np.asarray(runner(ours)(gain, spike), np.float64)
+
+
+class TestOutliers:
+    """One element that is far larger than all others changes little but itself."""
+
+    @pytest.mark.parametrize("at", [0, 5, 1000])
+    @pytest.mark.parametrize("size", [1e2, 1e6, 1e8, 1e19, 3e38])
+    def test_leave_the_others_alone(self, size, at):
+        """Where they move Optax's a hundred times too far; in its row and column no worse than Optax's."""
+        spike, plain = NONE.at[at].set(size), way()
+        ratio = way(spike=spike) / plain
+        np.testing.assert_allclose(ratio[OTHERS], 1, rtol=0.02)
+        theirs = way(spike=spike, ours=False) / plain
+        for line in (np.delete(np.arange(128), 5), 3), (5, np.delete(np.arange(64), 3)):
+            line = line[::-1]
+            harm = abs(theirs[line].mean() - 1) if np.isfinite(theirs).all() else np.inf
+            assert abs(ratio[line].mean() - 1) <= max(0.05, harm)
+        assert abs(way(spike=spike)[3, 5] - plain[3, 5]) <= max(40, 0.2 * plain[3, 5])
+
+    def test_in_a_row_of_zeros_and_a_column_of_small_gradients(self):
+        """A product of two small means is far below its square: the update is bounded."""
+        gradients = (1e-2 * draw(0, 200, 64, 64)).at[:, 3].set(0).at[:, :, 5].multiply(1e-6).at[100, 3, 5].set(0.3)
+        updates, _ = updates_of(scale_by_factored_rms(0.999, EPS), gradients)
+        assert float(jnp.abs(updates).max()) == 32.0
+        assert float(updates_of(optax_factored(0.999), gradients)[0].max()) > 200
+
+    @pytest.mark.parametrize("at", [0, 7])
+    @pytest.mark.parametrize(("bad", "update"), [(np.nan, np.nan), (np.inf, 32), (-np.inf, -32)])
+    def test_that_are_not_finite_are_so_by_themselves(self, bad, update, at):
+        gradients = draw(0, 20, 16, 16)
+        spoilt, _ = updates_of(OURS, gradients.at[at, 2, 3].set(bad))
+        clean, _ = updates_of(OURS, gradients)
+        assert spoilt[at, 2, 3] == update or np.isnan([spoilt[at, 2, 3], update]).all()
+        assert jnp.isfinite(spoilt.at[at, 2, 3].set(0)).all()
+        rest = np.ones((16, 16), bool)
+        rest[2], rest[:, 3] = False, False
+        np.testing.assert_allclose(spoilt[:, rest], clean[:, rest], rtol=0.1)
+
+    def test_do_not_stop_at_once_what_grows_for_good(self):
+        """Gradients 100 times larger from a step on are updates of 1 again, a few steps after Optax's."""
+        gain = jnp.where(jnp.arange(STEPS) < 500, 1.0, 100.0)[:, None] * EVEN
+        ours, theirs = way(gain), way(gain, ours=False)
+        assert 1 < ours.mean() / theirs.mean() < 1.2
+
+    @pytest.mark.parametrize("start", [1, 10, 1000])
+    def test_are_not_what_starts_late(self, start):
+        """Rows and whole leaves whose first gradients come after others go as far as with Optax's."""
+        late = (jnp.arange(STEPS) >= start).astype(jnp.float32)[:, None]
+        for gain in (jnp.where(jnp.arange(64) % 2 == 0, late, 1.0), late * EVEN):
+            np.testing.assert_allclose(way(gain), way(gain, ours=False), rtol=0.1)
+
+    @pytest.mark.parametrize("start", [1, 10, 1000])
+    def test_are_not_blocks_that_start_late(self, start):
+        """Where the means of rows and columns are small, Optax's first update is 700: they go as far as under Adam."""
+        late = (jnp.arange(STEPS) >= start).astype(jnp.float32)[:, None, None]
+        gradients = GRADIENT.at[32:, :64].set(0).at[:32, 64:].set(0)
+        first = (jnp.arange(64) < 32)[:, None]
+        gradients = jnp.where(first, 1.0, late) * gradients
+        adam = optax.scale_by_rms(0.999, EPS, eps_in_sqrt=False, bias_correction=True)
+        ours, theirs, whole = (
+            float(jnp.abs(updates_of(tx, gradients)[0][:, 32:, 64:]).sum())
+            for tx in (scale_by_factored_rms(0.999, EPS), optax_factored(0.999), adam)
+        )
+        assert 0.99 * whole <= ours <= 1.01 * theirs
+
+    def test_are_not_rows_that_are_rarely_seen(self):
+        seen = jax.random.bernoulli(jax.random.key(2), 0.02, (STEPS, 64)).astype(jnp.float32)
+        gain = jnp.where(jnp.arange(64) % 2 == 0, seen, 1.0)
+        np.testing.assert_allclose(way(gain), way(gain, ours=False), rtol=0.02)
+
+    def test_are_not_rows_of_all_sizes(self):
+        gain = 10.0 ** -jnp.repeat(jnp.arange(8), 8) * EVEN
+        np.testing.assert_allclose(way(gain), way(gain, ours=False), rtol=0.05)
+
+
+class TestGridAdamw:
+    """Its default is this transformation, in the place of the second moment."""
+
+    def test_finds_no_float32_array_of_the_shape_of_a_weight(self):
+        params = ag.to_grid({"kernel": draw(0, 64, 32), "bias": jnp.zeros(32)})
+        state = ag.grid_adamw(1e-3).init(params)
+        wide = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.size == 64 * 32 and leaf.dtype.itemsize > 1]
+        assert not wide
