@@ -6,13 +6,15 @@ arrays, and their own dtype by default; `scale` is in real units per unit of it.
 format static.
 
 `stall_rate` does not rank methods, as most weights stand still at a step under any unbiased rounding;
-`effective_descent_quality` over a window does.
+`effective_descent_quality` over a window does. `storage` is for people: a table, of shapes alone too.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from altgrad_jax._checks import check_number
@@ -22,6 +24,7 @@ from altgrad_jax.formats import FloatFormat, FormatLike, as_format, own_format
 from altgrad_jax.grid import scaled_ulp
 from altgrad_jax.grid_array import flatten_stored, from_grid, is_grid_array, map_stored
 from altgrad_jax.rounding import round_nearest
+from altgrad_jax.weights import reasons_against
 
 
 class UlpDistance(NamedTuple):
@@ -63,6 +66,33 @@ class Freeze(NamedTuple):
 
     last_move: Any  # int32, shapes of the weights: number of the last step that moves each, from 1; 0 if none does.
     never_share: jax.Array  # float32, []: share of weights that no step moves.
+
+
+def storage(params: Any) -> str:
+    """A table of the leaves of a tree: path, shape, how it is stored, bytes per element, and why it is no GridArray.
+
+    The reason is that of the default of `to_grid`; a weight that is no GridArray was left out. Leaves may be shapes.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp
+        >>> print(ag.diagnostics.storage(ag.to_grid({"kernel": jnp.ones((64, 64)), "scale": jnp.ones((2, 64))})))
+        ['kernel']  (64, 64)  float8_e3m4  1.02
+        ['scale']   (2, 64)   float32      4.00  named scale
+        all                                1.11
+    """
+    paths, leaves, _ = flatten_stored(params)
+    rows, total, size = [], 0, 0
+    for path, leaf, reason in zip(paths, leaves, reasons_against(paths, leaves), strict=True):
+        arrays = [leaf.index, leaf.exponent] if is_grid_array(leaf) else [leaf]
+        stored, elements = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays), math.prod(leaf.shape)
+        name = leaf.format.name + f" + {leaf.fraction_bits} bits" * bool(leaf.fraction_bits) if len(arrays) > 1 else ""
+        why = "" if len(arrays) > 1 else reason or "left out"
+        each = f"{stored / max(elements, 1):.2f}"
+        rows.append((jax.tree_util.keystr(path), str(tuple(leaf.shape)), name or str(leaf.dtype), each, why))
+        total, size = total + stored, size + elements
+    rows.append(("all", "", "", f"{total / max(size, 1):.2f}", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def stall_rate(update: Any, before: Any, after: Any) -> jax.Array:

@@ -7,7 +7,7 @@ Example:
     >>> params = ag.to_grid({"kernel": jnp.array([[0.5, -1.0]])})
     >>> blob = flax.serialization.to_bytes(params)
     >>> flax.serialization.from_bytes(params, blob)["kernel"]
-    GridArray(float8_e4m3fn, shape=(1, 2), int8 + int8[1,1])
+    GridArray(float8_e3m4, shape=(1, 2), int8 + int8[1,1])
 """
 
 import dataclasses

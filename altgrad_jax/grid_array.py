@@ -19,6 +19,7 @@ from altgrad_jax._floats import as_real, floor_log2, power_of_two
 from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, magnitude, nan_index, narrowed
 from altgrad_jax.formats import FloatFormat, FormatLike, as_format
 from altgrad_jax.scales import fitted, row_maximum, row_shape, weight_rule
+from altgrad_jax.weights import reasons_against
 
 _HARDWARE_FORMATS = (
     "float8_e4m3fn float8_e5m2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz"
@@ -148,7 +149,7 @@ def map_stored(f: Callable, tree: Any, *rest: Any) -> Any:
 
 def to_grid(
     params: Any,
-    format: FormatLike = "float8_e4m3fn",
+    format: FormatLike = "float8_e3m4",
     *,
     fraction_bits: int = 0,
     where: Callable[[tuple, Array], bool] | Any | None = None,
@@ -158,11 +159,14 @@ def to_grid(
 
     Args:
         params: A tree of arrays. GridArrays in it are encoded again, from all of their bits.
-        format: Anything that `as_format` accepts, up to 16 bits.
+        format: Anything that `as_format` accepts, up to 16 bits. The default loses less than `float8_e4m3fn` or
+            `float8_e5m2` in training; only these two, or their fnuz twins, are multiplied by the tensor cores of GPUs.
         fraction_bits: Bits of each position behind the point: 8-bit formats take 1 byte per element with 0, 2 with up
             to 8.
         where: Which leaves to store: a function of key path and leaf, or a tree of booleans like params. Default:
-            floating leaves with two or more dimensions.
+            GridArrays, and floating leaves with two or more dimensions, except those whose name (the last component of
+            their path) is one of b, beta, bias, bias_n, gain, gamma, mean, offset, scale, shift, var, and those that
+            have a bias of their own shape beside them, as norms do. `diagnostics.storage` tells what became of each.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
             numbers and arrays that broadcast against the leaves. Default: for every row (along the last axis; the last
             two where it has fewer than 8 elements) the smallest under which its largest magnitude is below half of the
@@ -244,7 +248,7 @@ def signed_steps(updates: Any, params: Any) -> Any:
         >>> tx = ag.on_grid(optax.sgd(1.0), rounding="nearest")
         >>> updates, _ = tx.update(jnp.array([[-0.125, 1.0]]), tx.init(params), params)
         >>> ag.signed_steps(updates, params)
-        Array([[ 2, -8]], dtype=int32)
+        Array([[  4, -16]], dtype=int32)
     """
 
     def leaf(param, update):
@@ -305,15 +309,18 @@ def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
 def _chosen(params: Any, where: Any) -> Any:
     """A bool for every leaf."""
     if where is None:
-        floating = lambda leaf: is_grid_array(leaf) or jnp.issubdtype(jnp.result_type(leaf), jnp.floating)  # noqa: E731
-        where = lambda path, leaf: np.ndim(leaf) >= 2 and floating(leaf)  # noqa: E731
+        paths, leaves, structure = flatten_stored(params)
+        reasons = reasons_against(paths, leaves)
+        where = structure.unflatten(
+            reason is None or is_grid_array(leaf) for reason, leaf in zip(reasons, leaves, strict=True)
+        )
     if callable(where):
         paths, leaves, structure = flatten_stored(params)
         where = structure.unflatten(map(where, paths, leaves))
     if not any(jax.tree.leaves(where)):
         raise ValueError(
             "to_grid was given nothing to store: no leaf is chosen by `where`, whose default takes floating leaves "
-            "with two or more dimensions."
+            "with two or more dimensions, except biases and the scales of norms."
         )
     return where
 

@@ -44,7 +44,7 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
         >>> params, tx = ag.to_grid(jnp.array([[0.5, -1.0, 0.25]])), ag.scale_by_grid_steps()
         >>> updates, state = tx.update(jnp.array([[-2.0, 300.0, 0.0]]), tx.init(params), params)
         >>> ag.from_grid(optax.apply_updates(params, updates))
-        Array([[ 0.4375, -0.4375,  0.25  ]], dtype=float32)
+        Array([[ 0.46875, -0.6875 ,  0.25   ]], dtype=float32)
     """
     check_number("max_steps", max_steps, "[1, 1048576]", integer=True)
     check_number("seed", seed, "[0, 4294967295]", integer=True)

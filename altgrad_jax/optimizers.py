@@ -158,7 +158,7 @@ def grid_sgd(
         >>> params, tx = ag.to_grid(jnp.array([[1.0, -0.5, 0.25, 2.0]])), ag.grid_sgd(1.0)
         >>> updates, state = tx.update(jnp.array([[2.0, -3.0, 0.0, 20.0]]), tx.init(params), params)
         >>> ag.from_grid(optax.apply_updates(params, updates))
-        Array([[ 0.875  , -0.40625,  0.25   ,  0.875  ]], dtype=float32)
+        Array([[ 0.9375  , -0.453125,  0.25    ,  1.375   ]], dtype=float32)
     """
     _check_numbers(learning_rate, momentum=momentum, weight_decay=weight_decay)
     sgd = optax.chain(

@@ -78,8 +78,8 @@ class TestUlpDistance:
         np.testing.assert_allclose(stats, expected, rtol=2e-5)
 
     def test_of_grid_arrays_is_in_their_own_scaled_steps(self):
-        before = ag.to_grid(jnp.array([[1.0, 0.0, -4.0]]), fraction_bits=2)
-        after = ag.to_grid(jnp.array([[1.125, 0.0, -4.125]]), fraction_bits=2, scale=before.scale)
+        before = ag.to_grid(jnp.array([[1.0, 0.0, -4.0]]), "float8_e4m3fn", fraction_bits=2)
+        after = ag.to_grid(jnp.array([[1.125, 0.0, -4.125]]), "float8_e4m3fn", fraction_bits=2, scale=before.scale)
         assert [float(x) for x in diagnostics.ulp_distance(before, after)][3:] == [1.0, np.float32(1 / 3)]
 
 
@@ -280,7 +280,7 @@ class TestPredictFreeze:
         x = jax.random.normal(jax.random.key(0), (256, 16))
         target = jnp.tanh(x @ jax.random.normal(jax.random.key(1), (16, 32)) / 4)
         loss = lambda w: jnp.mean((jnp.tanh(x @ w) - target) ** 2)  # noqa: E731
-        params = ag.to_grid(jax.random.normal(jax.random.key(2), (16, 32)) / 4)
+        params = ag.to_grid(jax.random.normal(jax.random.key(2), (16, 32)) / 4, "float8_e4m3fn")
         adam = optax.adamw(optax.linear_schedule(1e-2, 0.0, 300))
         tx = ag.on_grid(adam, rounding="nearest")
 

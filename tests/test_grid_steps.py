@@ -138,7 +138,7 @@ class TestGridSgd:
             updates, state = tx.update(jax.grad(loss)(ag.from_grid(params)), state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        params = ag.to_grid(jnp.zeros((8, 4)), scale=2.0**-6)
+        params = ag.to_grid(jnp.zeros((8, 4)), "float8_e4m3fn", scale=2.0**-6)
         (after, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=150))((params, tx.init(params)))
         assert float(loss(ag.from_grid(after))) < 0.02 * float(loss(ag.from_grid(params)))
 

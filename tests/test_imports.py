@@ -18,6 +18,7 @@ FLOORS = {
     "codec": 1,
     "random_words": 1,
     "scales": 2,
+    "weights": 2,
     "rounding": 3,
     "grid_array": 3,
     "stiffness": 4,

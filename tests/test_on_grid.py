@@ -67,12 +67,12 @@ class TestRounding:
         after, _ = run(tx, params, tx.init(params), gradients, 1)
         target = jax.tree.map(lambda w, g: w - 0.3 * g, ag.from_grid(params, full=True), gradients)
         for leaf, wanted in ((after["a"], target["a"]), (after["b"]["kernel"], target["b"]["kernel"])):
-            expected = ag.to_grid(wanted, fraction_bits=2, scale=leaf.scale)
+            expected = ag.to_grid(wanted, "float8_e4m3fn", fraction_bits=2, scale=leaf.scale)
             np.testing.assert_array_equal(leaf.index, expected.index)
         np.testing.assert_array_equal(after["b"]["bias"], target["b"]["bias"])
 
     def test_stochastic_moves_to_a_neighbour_and_is_unbiased(self):
-        params = ag.to_grid(jnp.full((1024, 1024), 1.0), scale=2.0**-7)
+        params = ag.to_grid(jnp.full((1024, 1024), 1.0), "float8_e4m3fn", scale=2.0**-7)
         ulp = 2.0**-3
         tx = ag.on_grid(optax.scale(1.0))
         for share in (0.01, 0.3):
@@ -238,7 +238,7 @@ class TestRest:
         assert (np.abs(ag.from_grid(state.momentum)) * 9 <= 0.51 * steps + 1e-9).mean() > 0.999
 
     def test_elements_that_owe_more_than_half_a_step_move_on(self):
-        params = ag.to_grid(jnp.ones((1, 1024)), scale=2.0**-7)
+        params = ag.to_grid(jnp.ones((1, 1024)), "float8_e4m3fn", scale=2.0**-7)
         tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
         state = mature(tx.init(params))
         moves = jnp.zeros((200, 1, 1024)).at[0].set(1.5 * 2.0**-3)  # One and a half steps.
@@ -276,7 +276,7 @@ class TestExponents:
     def outgrown(self, fraction_bits=0):
         # 240 is beyond half of 448; 3 * 2**-9 has a bit to lose.
         values = jnp.array([[240.0, 1.0, -3.5, 3 * 2.0**-9, 2 * 2.0**-9, 0.0], [100.0, 1.0, -3.5, 2.0**-9, 0.0, 0.0]])
-        return ag.to_grid(values, scale=jnp.ones((2, 1)), fraction_bits=fraction_bits)
+        return ag.to_grid(values, "float8_e4m3fn", scale=jnp.ones((2, 1)), fraction_bits=fraction_bits)
 
     def test_grow_by_one_and_keep_the_numbers(self):
         params, tx = self.outgrown(), ag.on_grid(optax.scale(1.0), rounding="nearest")
@@ -289,7 +289,7 @@ class TestExponents:
 
     def test_grow_without_bias(self):
         values = jnp.concatenate([jnp.array([240.0]), jnp.full(4096, 3 * 2.0**-9)])[None]
-        params, tx = ag.to_grid(values, scale=1.0), ag.on_grid(optax.scale(1.0))
+        params, tx = ag.to_grid(values, "float8_e4m3fn", scale=1.0), ag.on_grid(optax.scale(1.0))
         after, _ = run(tx, params, tx.init(params), jnp.zeros(values.shape), 2)
         rounded = np.asarray(ag.from_grid(after))[0, 1:] * 2.0**9
         assert set(np.unique(rounded)) == {2.0, 4.0}
@@ -307,14 +307,17 @@ class TestExponents:
     def test_shrink_exactly(self, arguments, steps, exponent):
         """At once with a momentum; without by one per step, and not to the last binade."""
         values = jnp.array([[26.0, 1.0, -3.5, 0.25], [0.0, 0.0, 0.0, 0.0]])
-        params, tx = ag.to_grid(values, scale=jnp.ones((2, 1))), ag.on_grid(optax.scale(1.0), **arguments)
+        params, tx = (
+            ag.to_grid(values, "float8_e4m3fn", scale=jnp.ones((2, 1))),
+            ag.on_grid(optax.scale(1.0), **arguments),
+        )
         after, _ = run(tx, params, tx.init(params), jnp.zeros((2, 4)), steps)
         np.testing.assert_array_equal(after.exponent, [[exponent], [0]])  # A row of zeros keeps its own.
         np.testing.assert_array_equal(ag.from_grid(after), values)
 
     @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
     def test_leave_the_row_of_a_nan_alone(self, arguments):
-        params = ag.to_grid(jnp.array([[0.5, -0.01, 0.3, 1.0]]))
+        params = ag.to_grid(jnp.array([[0.5, -0.01, 0.3, 1.0]]), "float8_e4m3fn")
         tx = ag.on_grid(optax.scale(1.0), **arguments)
         state, bad = tx.init(params), jnp.array([[jnp.nan, 0.0, 0.0, 0.0]])
         expected = np.asarray(ag.from_grid(params)).copy()
@@ -326,7 +329,7 @@ class TestExponents:
         np.testing.assert_array_equal(ag.from_grid(params), expected)
 
     def test_follow_a_jump_two_steps_later(self):
-        params = ag.to_grid(jnp.ones((1, 1)), scale=2.0**-8)  # Ends at 1.75.
+        params = ag.to_grid(jnp.ones((1, 1)), "float8_e4m3fn", scale=2.0**-8)  # Ends at 1.75.
         tx = ag.on_grid(optax.scale(1.0), rounding="nearest")
         state, stored = tx.init(params), []
         for _ in range(4):
@@ -336,7 +339,7 @@ class TestExponents:
         assert stored == [(1.75, 2.0**-8), (3.5, 2.0**-7), (8.0, 2.0**-4), (13.0, 2.0**-3)]
 
     def test_follow_a_jump_at_once_with_a_momentum(self):
-        params = ag.to_grid(jnp.ones((1, 1)), scale=2.0**-8)
+        params = ag.to_grid(jnp.ones((1, 1)), "float8_e4m3fn", scale=2.0**-8)
         tx = ag.on_grid(optax.scale(1.0), momentum=0.5)
         params, state = run(tx, params, tx.init(params), jnp.full((1, 1), 100.0), 1)
         assert float(ag.from_grid(params)[0, 0]) == 1.75
@@ -344,7 +347,7 @@ class TestExponents:
         assert 50 <= 31 / 16 * 2.0**3 * 2.0 ** float(state.exponent[0, 0]) <= 400
 
     def test_let_a_weight_grow_without_end(self):
-        params = ag.to_grid(jnp.ones((1, 2)), fraction_bits=8)
+        params = ag.to_grid(jnp.ones((1, 2)), "float8_e4m3fn", fraction_bits=8)
         tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
         after, _ = run(tx, params, tx.init(params), jnp.array([[0.25, 0.0]]), 640)
         np.testing.assert_allclose(ag.from_grid(after, full=True), [[161.0 - 9 * 0.25, 1.0]], rtol=0.03)
@@ -354,7 +357,9 @@ class TestExponents:
     @pytest.mark.parametrize("start", [1e-3, 1e-20, 0.0])
     @pytest.mark.parametrize("fraction_bits", [0, 8])
     def test_follow_weights_that_grow_by_orders_of_magnitude(self, momentum, start, fraction_bits):
-        params = ag.to_grid(start * jax.random.normal(jax.random.key(0), (8, 32)), fraction_bits=fraction_bits)
+        params = ag.to_grid(
+            start * jax.random.normal(jax.random.key(0), (8, 32)), "float8_e4m3fn", fraction_bits=fraction_bits
+        )
         inner = optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True)
         tx = ag.on_grid(optax.chain(inner, optax.scale(-1e-2)), momentum=momentum)
 
@@ -377,8 +382,8 @@ class TestDeterminism:
 
     def test_seeds_steps_and_leaves_differ(self):
         x = jnp.full((64, 64), 1.01)
-        params = ag.to_grid({"a": x, "b": x}, scale=2.0**-7)
-        gradients = {"a": jnp.full(x.shape, 0.05), "b": jnp.full(x.shape, 0.05)}
+        params = ag.to_grid({"a": x, "c": x}, "float8_e4m3fn", scale=2.0**-7)
+        gradients = {"a": jnp.full(x.shape, 0.05), "c": jnp.full(x.shape, 0.05)}
 
         def steps(seed, step):
             tx = ag.on_grid(optax.scale(1.0), seed=seed)
@@ -387,7 +392,7 @@ class TestDeterminism:
 
         first, again = steps(0, 1), steps(0, 1)
         chex.assert_trees_all_equal(first, again)
-        for other in (first["b"], steps(1, 1)["a"], steps(0, 2)["a"]):
+        for other in (first["c"], steps(1, 1)["a"], steps(0, 2)["a"]):
             agreement = np.mean(np.asarray(first["a"].index) == other.index)
             assert abs(agreement - (0.4**2 + 0.6**2)) < 0.05
 
@@ -490,7 +495,9 @@ class TestFlaxSerialization:
     def test_into_another_grid(self, arguments, message):
         x = jnp.ones((2, 2))
         with pytest.raises(ValueError, match=message):
-            flax.serialization.from_bytes(ag.to_grid(x, **arguments), flax.serialization.to_bytes(ag.to_grid(x)))
+            flax.serialization.from_bytes(
+                ag.to_grid(x, **arguments), flax.serialization.to_bytes(ag.to_grid(x, "float8_e4m3fn"))
+            )
 
     def test_into_another_shape(self):
         blob = flax.serialization.to_bytes(ag.to_grid(jnp.ones((2, 2))))
@@ -589,7 +596,9 @@ class TestOptaxContract:
         assert seen["value"] == 3.0
 
     def test_is_tracked_in_real_steps_outside_and_in_intended_ones_inside(self):
-        params = ag.to_grid({"w": jnp.full((2, 4), 1.25), "b": jnp.ones(3)}, fraction_bits=1, scale=2.0**-7)
+        params = ag.to_grid(
+            {"w": jnp.full((2, 4), 1.25), "b": jnp.ones(3)}, "float8_e4m3fn", fraction_bits=1, scale=2.0**-7
+        )
         gradients = {"w": jnp.full((2, 4), 0.3 * 2.0**-3), "b": jnp.full(3, 2.0**-23)}
         outside = optax.chain(ag.on_grid(optax.scale(1.0), rounding="nearest"), ag.track_ulp_position())
         inside = ag.on_grid(optax.chain(optax.scale(1.0), ag.track_ulp_position("float8_e4m3fn")), rounding="nearest")
