@@ -105,7 +105,7 @@ class TestReasons:
             ({"table": jnp.ones((2, 2), jnp.int32)}, "of dtype int32"),
             ({"kernel": jnp.ones(3)}, "of 1 dimensions"),
             ({"kernel": 1.0}, "of 0 dimensions"),
-            *[({name: jnp.ones((2, 2))}, f"named {name}") for name in ["bias", "scale", "b", "gamma", "beta", "offset", "var"]],
+            *[({name: jnp.ones((2, 2))}, f"named {name}") for name in ("bias", "scale", "b", "gamma", "offset", "var")],
             ({"rescale": jnp.ones((2, 2))}, None),
             ({"bias": {"kernel": jnp.ones((2, 2))}}, None),
         ],

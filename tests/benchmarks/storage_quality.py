@@ -3,13 +3,18 @@
     python tests/benchmarks/storage_quality.py            # everything; 80 minutes on two cores
     python tests/benchmarks/storage_quality.py --quick    # three arms of two tiny tasks, in a temporary file
     python tests/benchmarks/storage_quality.py --report   # the tables of what is there
+    python tests/benchmarks/storage_quality.py --seeds 12 --tasks gpt_tuned mlp_lm_tuned gpt_small_batch
+
+The last one, 30 minutes, is of the recipes of two bytes and their rivals, on language models whose schedule and b2 are
+tuned for AdamW.
 
 An arm is a way to store the weights (float32, float32 master weights that the forward pass rounds to the grid, int8
 without a master copy, int16 with 8 fraction bits), their format, and the moments of AdamW. The momentum of the arms
-with feedback has one byte, whatever the second moment has. On every task each arm takes its own best learning rate of a
-grid shared by all arms, chosen with two seeds; then fresh seeds, which give initial weights, data and random bits,
-compare arms in pairs. The matrices are stored, embeddings included; biases and norms are float32. Every run is a line
-of the output, and a restart skips those that are there. Needs `pip install -e ".[benchmarks]"`.
+with feedback has one byte, whatever the second moment has; a factored one has means over rows and columns. On every
+task each arm takes its own best learning rate of a grid shared by all arms, chosen with two seeds; then fresh seeds,
+which give initial weights, data and random bits, compare arms in pairs. The matrices are stored, embeddings included;
+biases and norms are float32. Every run is a line of the output, and a restart skips those that are there. Needs `pip
+install -e ".[benchmarks]"`.
 """
 
 import argparse
@@ -37,6 +42,7 @@ from sklearn import datasets
 from tqdm import tqdm
 
 import altgrad_jax as ag
+from altgrad_jax.factored import scale_by_factored_rms
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "storage_quality.jsonl"
 FORMATS = ("e4m3fn", "e3m4", "e5m2")
@@ -45,11 +51,12 @@ MIN_SIZE = 256  # All matrices have their moments compressed, and no bias.
 WARM_UP = 0.1
 SELECTION_SEEDS = (1000, 1001)
 HEADLINE_SEEDS, ORDINARY_SEEDS, ROBUSTNESS_SEEDS = 24, 8, 12
-# Role of a run: multiple of the arm's best learning rate, b2, last learning rate over the largest.
+# Role of a run: multiple of the arm's best learning rate, b2 (None: that of the task), last learning rate over the
+# largest.
 VARIANTS = {
-    "half the rate": (1 / 2, B2, 0.0),
-    "a sixth of the rate": (1 / 6, B2, 0.0),
-    "cosine to 0.1": (1.0, B2, 0.1),
+    "half the rate": (1 / 2, None, 0.0),
+    "a sixth of the rate": (1 / 6, None, 0.0),
+    "cosine to 0.1": (1.0, None, 0.1),
     "b2 = 0.95": (1.0, 0.95, 0.0),
 }
 
@@ -61,9 +68,10 @@ VARIANTS = {
 class Arm:
     """A way to store the weights and the moments."""
 
-    # adamw, laprop, laprop_plain, rmsprop, master, nearest, stochastic, feedback, feedback_hidden or fraction8
+    # adamw, laprop, laprop_plain, rmsprop, master, nearest, stochastic, feedback, feedback_hidden or fraction8; with a
+    # factored second moment also feedback8, and stored and stored8 without a momentum.
     storage: str
-    moments: str  # float32 or 8bit
+    moments: str  # float32, 8bit or factored
     format: str | None = None  # Without the "float8_"; None for float32 weights.
     scale: str | None = "row"  # One scale per row, column or tensor.
 
@@ -74,6 +82,8 @@ class Arm:
     @property
     def headline(self) -> bool:
         """Whether the arm is one of those that conclusions rest on, with more seeds."""
+        if self.moments == "factored":
+            return True
         if not self.on_grid:
             return self.moments == "float32"
         return (self.feedback or self.storage == "fraction8") and self.moments == "8bit" and self.scale == "row"
@@ -81,6 +91,8 @@ class Arm:
     @property
     def robustness(self) -> bool:
         """Whether the arm is trained with other hyperparameters too."""
+        if self.moments == "factored":
+            return self in (TWIN, DEFAULT)
         one_of_many = (self.storage == "laprop" and self.format) or self.storage == "feedback_hidden"
         return self.headline and self.format != "e5m2" and not one_of_many
 
@@ -91,13 +103,20 @@ class Arm:
     @property
     def on_grid(self) -> bool:
         """Whether there is no float32 copy of the weights."""
-        return self.feedback or self.storage in ("nearest", "stochastic", "fraction8")
+        return self.feedback or self.storage in ("nearest", "stochastic", "fraction8", "stored", "stored8")
+
+    @property
+    def twin(self) -> "Arm | None":
+        """The float32 arm of the same second moment and order."""
+        if not (self.on_grid and self.moments == "factored"):
+            return None
+        return TWIN if self.feedback else TWIN_PLAIN
 
     def store(self, params: optax.Params) -> optax.Params:
         """The parameters as this arm keeps them."""
         if not self.on_grid:
             return params
-        bits = 8 if self.storage == "fraction8" else 0
+        bits = 8 if self.storage.endswith("8") else 0
         stored = to_grid(params, self.format, self.scale, bits)
         if self.storage != "feedback_hidden":
             return stored
@@ -109,10 +128,13 @@ class Arm:
         return ag.from_grid(stored if self.on_grid or self.format is None else to_grid(stored, self.format))
 
     def optimizer(self, learning_rate: Callable, b2: jax.Array, seed: jax.Array) -> optax.GradientTransformation:
+        if self.moments == "factored" and self.on_grid:
+            return ag.grid_adamw(learning_rate, B1 * self.feedback, b2, EPS, WEIGHT_DECAY, seed=seed)
         if self.feedback or self.storage in ("laprop", "laprop_plain", "rmsprop"):
             # AdamW in LaProp order, as the momentum that carries the rounding error is behind the normalisation.
+            whole = optax.scale_by_rms(b2, EPS, eps_in_sqrt=False, bias_correction=True)
             inner = optax.chain(
-                optax.scale_by_rms(b2, EPS, eps_in_sqrt=False, bias_correction=True),
+                scale_by_factored_rms(b2, EPS) if self.moments == "factored" else whole,
                 optax.add_decayed_weights(WEIGHT_DECAY),
                 optax.scale_by_learning_rate(learning_rate),
             )
@@ -130,7 +152,8 @@ class Arm:
 
 def to_grid(params: optax.Params, format: str, scale: str = "row", fraction_bits: int = 0) -> optax.Params:
     """`ag.to_grid` with scales that leave a factor of two of headroom per row, column or tensor."""
-    format, shared = f"float8_{format}", {"row": -1, "column": -2, "tensor": None}[scale]
+    format = f"float8_{format}" if format.startswith("e") else format
+    shared = {"row": -1, "column": -2, "tensor": None}[scale]
     if scale == "row":
         return ag.to_grid(params, format, fraction_bits=fraction_bits)
     scales = jax.tree.map(lambda w: 2 * ag.power_of_two_scale(w, format, shared) if w.ndim > 1 else 1.0, params)
@@ -151,6 +174,12 @@ def stored_on_grid(leaf: Any) -> bool:
 ADAMW, LAPROP, LAPROP_PLAIN, RMSPROP = (
     Arm(storage, "float32", scale=None) for storage in ("adamw", "laprop", "laprop_plain", "rmsprop")
 )
+# The default of the library, and its float32 twins with and without a momentum.
+DEFAULT, TWIN, TWIN_PLAIN = (
+    Arm("feedback", "factored", "e3m4"),
+    Arm("laprop", "factored", scale=None),
+    Arm("rmsprop", "factored", scale=None),
+)
 ARMS = sorted(
     # laprop_plain is feedback with float32 weights, laprop the same with a bias correction, rmsprop without a momentum.
     [ADAMW, Arm("adamw", "8bit", scale=None), LAPROP, LAPROP_PLAIN, RMSPROP]
@@ -168,6 +197,15 @@ LANGUAGE_ARMS = (
     + [Arm("feedback_hidden", "8bit", "e4m3fn")]
     + [Arm("laprop", "float32", format) for format in FORMATS]
 )
+# Of the tuned tasks: bytes per weight fall from 12 to 1.
+TUNED_ARMS = [
+    *(ADAMW, LAPROP, TWIN, TWIN_PLAIN, DEFAULT),
+    *(Arm("feedback", "factored", format) for format in ("E2M5", "E0M7", "e4m3fn")),
+    *(Arm("feedback8", "factored", format) for format in ("e3m4", "e4m3fn")),
+    *(Arm("stored8", "factored", format) for format in ("e3m4", "e4m3fn")),
+    Arm("stored", "factored", "bfloat16"),
+    *(Arm("stored", "factored", format) for format in ("e3m4", "E0M7")),
+]
 
 
 # Tasks
@@ -187,10 +225,12 @@ class Task:
     seconds: float  # Of a run, and of compiling an arm: measured on one core, for the estimate of the time left.
     compile_seconds: float
     language_model: bool = False  # Has also the arms of other scales and the robustness runs.
+    tuned: bool = False  # Has other arms instead.
+    b2: float = B2
 
     @property
     def arms(self) -> list[Arm]:
-        return ARMS + LANGUAGE_ARMS * self.language_model
+        return TUNED_ARMS if self.tuned else ARMS + LANGUAGE_ARMS * self.language_model
 
 
 def normal(key: jax.Array, *shape: int, std: float | None = None) -> jax.Array:
@@ -256,8 +296,11 @@ def spread_windows(characters, windows, length):
     return characters[np.linspace(0, characters.size - length - 1, windows).astype(int)[:, None] + np.arange(length)]
 
 
-def gpt_loss(params, data, key):
-    return gpt_loss_of(params, random_windows(key, data[0], BATCH, CONTEXT + 1))
+def gpt_loss(params, data, key, batch=BATCH):
+    return gpt_loss_of(params, random_windows(key, data[0], batch, CONTEXT + 1))
+
+
+small_batch_loss = functools.partial(gpt_loss, batch=BATCH // 4)
 
 
 def gpt_validation(params, data):
@@ -437,6 +480,10 @@ TASKS = {
         digits_task("digits_mlp", digits_mlp_start, digits_mlp_logits, 2000, 8e-3, 0.4, 7.0),
         Task("teacher_student", tuple, teacher_start, teacher_loss, teacher_validation, 2000, 1.6e-2, 0.3, 5.0),
         Task("quadratic", tuple, quadratic_start, quadratic_loss, quadratic_validation, 2000, 2e-3, 0.1, 2.0),
+        Task("gpt_tuned", text, gpt_start, gpt_loss, gpt_validation, 1500, 8e-3, 6.0, 11.0, True, True, 0.98),
+        Task("mlp_lm_tuned", text, mlp_lm_start, mlp_lm_loss, mlp_lm_validation, 2000, 8e-3, 2.0, 7.0, True, True),
+        # Without the runs with other hyperparameters.
+        Task("gpt_small_batch", text, gpt_start, small_batch_loss, gpt_validation, 1500, 4e-3, 2.5, 9.0, tuned=True),
     )
 }
 
@@ -503,7 +550,8 @@ def study(task: Task, arm: Arm, most_seeds: int, known: dict[str, dict], emit: C
     def compiled():
         return trainer(task, arm), task.data(), bytes_per_weight(task, arm)
 
-    def loss(role, learning_rate, seed, b2=B2, end=0.0):
+    def loss(role, learning_rate, seed, b2=None, end=0.0):
+        b2 = task.b2 if b2 is None else b2
         run = specification(task, arm, role, learning_rate, b2, end, seed)
         if identity(run) not in known:
             train, data, size = compiled()
@@ -661,7 +709,7 @@ def report(runs: list[dict]) -> str:
         rows = [
             [
                 *described(arm),
-                *(loss(own(role, arm)) if arm == ADAMW else gap(own(role, arm), own(role, ADAMW)) for role in VARIANTS),
+                *(variant(arm, functools.partial(own, role)) for role in VARIANTS),
             ]
             for arm in arms
             if any(own(role, arm) for role in VARIANTS)
@@ -674,14 +722,14 @@ def report(runs: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-GAPS = ["gap to adamw", "gap to laprop", "gap to laprop_plain", "gap to master"]
+GAPS = ["gap to adamw", "gap to laprop", "gap to laprop_plain", "gap to master", "gap to twin"]
 EVALUATION = ["learning rate", "loss", *GAPS, "seeds", "stalled", "bytes per weight"]
 
 
 def evaluation(arm: Arm, own: Callable[[Arm], dict[int, dict]]) -> list[str]:
     """The cells of an arm. The gaps are to float32 AdamW, for feedback also in LaProp order, with and without a bias
-    correction, and to float32 master weights of its format with float32 moments (for feedback in that order, on
-    language models).
+    correction, to float32 master weights of its format with float32 moments (for feedback in that order, on language
+    models), and to the float32 arm of the same second moment, if that is factored.
     """
     runs = own(arm)
     one, stalls = next(iter(runs.values())), [run["stall"] for run in runs.values() if run["stall"] is not None]
@@ -695,10 +743,18 @@ def evaluation(arm: Arm, own: Callable[[Arm], dict[int, dict]]) -> list[str]:
         gap(runs, own(LAPROP)) if in_order and arm != LAPROP else "",
         gap(runs, own(LAPROP_PLAIN)) if arm.feedback else "",
         gap(runs, own(master)) if arm != master else "",
+        gap(runs, own(arm.twin)) if arm.twin else "",
         str(len(runs)),
         f"{np.mean(stalls):.1%}" if stalls else "",
         f"{one['bytes_per_weight']:.2f}",
     ]
+
+
+def variant(arm: Arm, own: Callable[[Arm], dict[int, dict]]) -> str:
+    """The cell of an arm under a variant."""
+    if arm == ADAMW:
+        return loss(own(arm))
+    return gap(own(arm), own(ADAMW)) + (f" (to its twin {gap(own(arm), own(arm.twin))})" if arm.twin else "")
 
 
 def loss(runs: dict[int, dict]) -> str:
@@ -726,11 +782,11 @@ def described(arm: Arm) -> list[str]:
 
 
 def reading_order(arm: Arm) -> tuple:
-    storages = ("adamw", "laprop", "rmsprop", "master", "fraction8", "feedback", "stochastic", "nearest")
+    storages = "adamw laprop rmsprop master fraction8 feedback8 feedback stored8 stored stochastic nearest"
     return (
-        storages.index(arm.storage.partition("_")[0]),
+        storages.split().index(arm.storage.partition("_")[0]),
         arm.storage,
-        FORMATS.index(arm.format or FORMATS[0]),
+        (*FORMATS, "E2M5", "E0M7", "bfloat16").index(arm.format or FORMATS[0]),
         arm.moments,
         arm.scale or "",
     )
