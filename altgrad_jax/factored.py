@@ -11,10 +11,8 @@ from jax.typing import ArrayLike
 
 from altgrad_jax._floats import as_real
 
-# An update is at most so large: about what a first gradient after many zeros makes under Adam with b2 = 0.999. A square
-# counts as at most this squared times the running mean, and in the first steps adds at most this to it. Unbounded, one
-# gradient of 1e6 times the others multiplies all other updates of a 64 x 128 leaf by 1e4, while the means remember it.
-_LARGEST = 32.0
+# Squares of normal numbers are hardly ever so many times their mean.
+_FEW = 32.0
 
 
 class FactoredState(NamedTuple):
@@ -32,10 +30,12 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
     `epsilon=eps**2` and the decay rates of a mean with a bias correction. A leaf of more dimensions is a stack of
     matrices, as `matrix_axes` says. With fewer there are no columns, and every element has its own second moment.
 
-    A square counts as at most 1024 times the mean of its row, its column or its leaf before, whichever is largest (in
-    step t 32 t times), as at most 2**100, and as the bound where it is NaN. In the first gradient of a leaf four times
-    the geometric means of rows take the place of these means. An update is at most 32, of an infinite gradient too; of
-    NaN it is NaN.
+    A square raises the means of its row and of its column by at most a quarter, unless it is below `1 / (1 - b2)` times
+    that of the leaf, or 32 times one of the three. Unbounded, a gradient of 1e6 times the others multiplies all other
+    updates of a 64 x 128 leaf by 1e4, for as long as the means remember it; and of matrices that grow for good, or rows
+    that start late, all squares together raise a mean at once. In the first gradient of a leaf four times the geometric
+    means of rows take the place of the means. Squares count up to 2**100, NaN as the bound. An update is at most
+    `(1 - b2)**-0.5`, as under Adam, or 5.7, whichever is more, of an infinite gradient too; of NaN it is NaN.
 
     Args:
         b2: Decay rate, in [0, 1).
@@ -116,14 +116,20 @@ def _geometric(gradient: Array) -> Array:
 def _scaled(rate, eps, gradient, row, column, before):
     """Update of a leaf, and its means, of squares bounded by the means before."""
     g, (over_columns, over_rows) = as_real(gradient), _averaged(gradient.shape)
-    total = lambda row: jnp.mean(row, axis=over_rows, keepdims=True)  # noqa: E731
-    times = jnp.minimum(_LARGEST**2, _LARGEST / (1 - rate))
-    bound = jnp.maximum(times * jnp.maximum(before, total(before)), times * column)
+    mean = lambda x, axes: jnp.mean(x, axis=axes, keepdims=True)  # noqa: E731
+    # A new square has this share of a mean of one element, and in a longer row or column so much less.
+    share = 1 - rate
+    times = lambda axes, part: jnp.maximum(part * math.prod(g.shape[i] for i in axes) / share, _FEW)  # noqa: E731
+    of_row = times(over_columns, 0.25) * before
+    of_column = times(over_rows, 0.25) * jnp.where(jnp.any(column), column, jnp.inf)
+    of_leaf = times((), 1) * mean(before, over_rows)
+    bound = jnp.maximum(jnp.minimum(of_row, of_column), of_leaf)
     bound = lax.stop_gradient(jnp.minimum(bound, 2.0**100))
     square = jnp.where(g * g < bound, g * g, bound)  # The bound for NaN.
-    row = rate * row + (1 - rate) * jnp.mean(square, axis=over_columns, keepdims=True)
-    column = rate * column + (1 - rate) * jnp.mean(square, axis=over_rows, keepdims=True)
+    row = rate * row + share * mean(square, over_columns)
+    column = rate * column + share * mean(square, over_rows)
 
     eps = jnp.maximum(jnp.square(eps), jnp.finfo(jnp.float32).tiny)
-    update = g * (jnp.sqrt(total(row) + eps) * lax.rsqrt(row + eps)) * lax.rsqrt(column + eps)
-    return jnp.clip(update, -_LARGEST, _LARGEST), row, column
+    update = g * (jnp.sqrt(mean(row, over_rows) + eps) * lax.rsqrt(row + eps)) * lax.rsqrt(column + eps)
+    largest = jnp.sqrt(times((), 1))
+    return jnp.clip(update, -largest, largest), row, column

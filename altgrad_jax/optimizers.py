@@ -100,10 +100,9 @@ def grid_adamw(
         eps: Added to the root of the second moment, >= 0; its square to the means of a factored one.
         second_moment: "factored" keeps the means of the squares over rows and over columns (Adafactor: Shazeer, Stern
             2018, arXiv 1804.04235), float32: of a kernel `[n, m]` n + m numbers, of a stack as many for each of its
-            matrices, of a leaf with fewer dimensions every square. A square counts as at most 1024 times the largest of
-            the means that it enters and that of the leaf, and before the learning rate an update is at most 32: a
-            gradient that is far larger than all others, an infinite one too, changes no others. "8bit" has a byte per
-            weight, by `compress_state`, and "float32" four.
+            matrices, of a leaf with fewer dimensions every square. Both are bounded: a gradient that is far larger than
+            all others, an infinite one too, changes no others, and an update is at most 1 / sqrt(1 - b2) learning
+            rates, as under Adam, or 5.7. "8bit" has a byte per weight, by `compress_state`, and "float32" four.
         seed: Of the random words, as in `on_grid`.
 
     Returns:
