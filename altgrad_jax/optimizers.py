@@ -91,7 +91,8 @@ def grid_adamw(
 
     It is `on_grid(chain(scale_by_second_moment, add_decayed_weights, scale_by_learning_rate), momentum=b1)`: AdamW with
     the momentum behind the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
-    2002.04839), the weight decay and the learning rate, where it carries what rounding loses.
+    2002.04839), the weight decay and the learning rate, where it carries what rounding loses. Give
+    `optax.inject_hyperparams` a `hyperparam_dtype=jnp.float32`: it takes that of the first leaf, which is an integer.
 
     Args:
         learning_rate, weight_decay, mask: As in `manifold_adamw`.

@@ -15,8 +15,8 @@ indices. Next to it is the loss of the same optimizer with float32 weights that 
     halved, 2 bytes    with_linen           2.209        2.211               8.05       6.0
 
 (CPython 3.11, jax 0.10, two CPU cores that others used too, 80 s in all; the seconds are of the grid, mostly
-compilation.) Embeddings stay in float32. The momentum of `grid_adamw` is in LaProp's order and has no bias correction,
-that of float32 adamw has. `combined` skips what is not finite, clips, and decays the kernels alone, all inside of
+compilation.) Embeddings stay in float32. The momentum of `grid_adamw` is in LaProp's order, behind a second moment of
+means over rows and columns. `combined` skips what is not finite, clips, and decays the kernels alone, all inside of
 `on_grid`, and `halved` is adamw of every two batches, whose float32 sums take 4 bytes.
 """
 

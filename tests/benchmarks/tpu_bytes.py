@@ -4,27 +4,33 @@ Needs no TPU: `pip install -e ".[tpu]"`, then
 
     python tests/benchmarks/tpu_bytes.py
 
-    one matrix  optax.adamw                    28.00 bytes,  15.0 operations per weight,  1 kernels
-    one matrix  manifold_adamw                 36.00 bytes,  63.0 operations per weight,  1 kernels
-    one matrix  manifold_adamw(format)         36.00 bytes,  49.0 operations per weight,  1 kernels
-    one matrix  without the tracker            28.00 bytes,  35.0 operations per weight,  1 kernels
-    one matrix  on_grid(optax.adamw)           22.01 bytes,  70.0 operations per weight,  1 kernels
-    one matrix  on_grid(momentum)               6.01 bytes, 128.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, f32 second moment  28.01 bytes, 213.0 operations per weight,  2 kernels
-    one matrix  grid_adamw                      8.02 bytes, 192.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, a schedule          8.02 bytes, 192.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, float32 gradients  10.02 bytes, 188.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 2-byte weight       8.01 bytes, 124.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, vmap of 4          10.01 bytes, 210.0 operations per weight,  1 kernels
+    one matrix  optax.adamw                      28.00 bytes,  15.0 operations per weight,  1 kernels
+    one matrix  manifold_adamw                   36.00 bytes,  63.0 operations per weight,  1 kernels
+    one matrix  manifold_adamw(format)           36.00 bytes,  49.0 operations per weight,  1 kernels
+    one matrix  without the tracker              28.00 bytes,  35.0 operations per weight,  1 kernels
+    one matrix  on_grid(optax.adamw)             22.01 bytes,  70.0 operations per weight,  1 kernels
+    one matrix  on_grid(momentum)                 6.01 bytes, 128.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, f32 second moment    28.01 bytes, 213.0 operations per weight,  2 kernels
+    one matrix  grid_adamw, 8bit                  8.02 bytes, 192.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, a schedule      8.02 bytes, 192.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, f32 gradients  10.02 bytes, 188.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, 2-byte weight   8.01 bytes, 124.0 operations per weight,  1 kernels
+    one matrix  grid_adamw                        8.02 bytes, 141.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, a schedule            8.02 bytes, 141.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, float32 gradients    12.02 bytes, 139.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 2-byte weight         8.02 bytes,  73.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, vmap of 4      10.01 bytes, 210.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, vmap of 4            10.03 bytes, 151.0 operations per weight,  1 kernels
 
-and the same for 40 leaves, which takes minutes. The last row is `jax.vmap` over four layers of 8192 x 8192, under which
-a conditional becomes a choice of two results.
+and the same for 40 leaves, which takes minutes. The rows of `vmap` are over four layers of 8192 x 8192; a conditional
+becomes a choice of two results there.
 
 The step is `tx.update` and `optax.apply_updates`, jitted, with parameters and state donated; the gradients are float32,
-in the rows of grid_adamw with 8-bit moments and of the momentum alone bfloat16. The floor is one read of gradients,
-parameters and state and one write of the latter two. The step is an ordinary one: the conditional that gives moments
-their first exponents, which the compiler would count as if it were always taken, is left out. On many leaves XLA also
-prefetches, which counts, and merges leaves of one shape that draw random words. A momentum beside a float32 second
+in the rows of `grid_adamw` and of the momentum alone bfloat16 unless they say otherwise. The floor is one read of
+gradients, parameters and state and one write of the latter two, and for a factored second moment, the default of
+`grid_adamw`, a second read of the gradients. The step is an ordinary one: the conditional that gives moments their
+first exponents and means, which the compiler would count as if it were always taken, is left out. On many leaves XLA
+also prefetches, which counts, and merges leaves of one shape that draw random words. A momentum beside a float32 second
 moment takes two kernels. What decides is how many operands a kernel has: a step may add one more array, or scale per
 row, or scalar that the compiler does not know, and become three kernels.
 """
