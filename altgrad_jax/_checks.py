@@ -14,7 +14,7 @@ def check_number(name: str, value: Any, interval: str, *, integer: bool = False)
         if not integer and jnp.issubdtype(value.dtype, jnp.integer):
             raise TypeError(
                 f"{name} must be a floating number, got an array of {value.dtype}: give optax.inject_hyperparams a "
-                "hyperparam_dtype=jnp.float32, as it takes that of the first leaf, for GridArrays an integer."
+                "hyperparam_dtype=jnp.float32, as it takes that of the first leaf, of a GridArray an integer."
             )
         return
     if isinstance(value, np.ndarray) and value.ndim == 0:

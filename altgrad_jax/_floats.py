@@ -62,3 +62,12 @@ def as_real(x: jax.typing.ArrayLike, name: str = "x") -> jax.Array:
 def as_integer(x: jax.Array) -> jax.Array:
     """Casts integral numbers to int32; NaN, whose cast is undefined, to 0."""
     return jnp.where(jnp.isnan(x), 0, x).astype(jnp.int32)
+
+
+def varying_like(tree: Any, like: jax.Array) -> Any:
+    """The same numbers, inside of `jax.shard_map` of a type that varies over the axes that another array varies over.
+
+    Both branches of a conditional must have one type, though one of them keeps what was made inside.
+    """
+    first = like[(0,) * like.ndim] == 0
+    return jax.tree.map(lambda x: jnp.where(first, x, x), tree)  # XLA takes the choice away.

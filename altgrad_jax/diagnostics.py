@@ -9,12 +9,10 @@ format static.
 `effective_descent_quality` over a window does. `storage` is for people: a table, of shapes alone too.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from altgrad_jax._checks import check_number
@@ -71,7 +69,8 @@ class Freeze(NamedTuple):
 def storage(params: Any) -> str:
     """A table of the leaves of a tree: path, shape, how it is stored, bytes per element, and why it is no GridArray.
 
-    The reason is that of the default of `to_grid`; a weight that is no GridArray was left out. Leaves may be shapes.
+    The reason is that of the default of `to_grid`; a weight that is no GridArray is "left out". Leaves may be shapes.
+    What is no array counts no bytes.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -83,12 +82,14 @@ def storage(params: Any) -> str:
     paths, leaves, _ = flatten_stored(params)
     rows, total, size = [], 0, 0
     for path, leaf, reason in zip(paths, leaves, reasons_against(paths, leaves), strict=True):
-        arrays = [leaf.index, leaf.exponent] if is_grid_array(leaf) else [leaf]
-        stored, elements = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in arrays), math.prod(leaf.shape)
-        name = leaf.format.name + f" + {leaf.fraction_bits} bits" * bool(leaf.fraction_bits) if len(arrays) > 1 else ""
-        why = "" if len(arrays) > 1 else reason or "left out"
-        each = f"{stored / max(elements, 1):.2f}"
-        rows.append((jax.tree_util.keystr(path), str(tuple(leaf.shape)), name or str(leaf.dtype), each, why))
+        arrays = [leaf.index, leaf.exponent] if is_grid_array(leaf) else [leaf] if hasattr(leaf, "dtype") else []
+        stored, elements = sum(x.size * x.dtype.itemsize for x in arrays), arrays[0].size if arrays else 0
+        if is_grid_array(leaf):
+            kind, reason = leaf.format.name + f" + {leaf.fraction_bits} bits" * bool(leaf.fraction_bits), ""
+        else:
+            kind, reason = str(leaf.dtype) if arrays else type(leaf).__name__, reason or "left out"
+        shape = str(tuple(leaf.shape)) if arrays else ""
+        rows.append((jax.tree_util.keystr(path), shape, kind, f"{stored / max(elements, 1):.2f}", reason))
         total, size = total + stored, size + elements
     rows.append(("all", "", "", f"{total / max(size, 1):.2f}", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -9,7 +9,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from altgrad_jax._floats import as_real
+from altgrad_jax._floats import as_real, varying_like
 
 # Squares of normal numbers are hardly ever so many times their mean.
 _FEW = 32.0
@@ -19,8 +19,8 @@ class FactoredState(NamedTuple):
     """State of `scale_by_factored_rms`."""
 
     count: ArrayLike  # int32, []: updates so far.
-    row: Any  # Means of the squares over the columns of each leaf, float32, 1 in place of these.
-    column: Any  # The same over its rows.
+    row: Any  # Mean square of each row, float32, the shapes of the parameters with 1 in place of the columns.
+    column: Any  # The same of each column.
 
 
 def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransformation:
@@ -28,24 +28,30 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
 
     For matrices without large outliers it is `optax.scale_by_factored_rms` (Shazeer, Stern 2018, arXiv 1804.04235) with
     `epsilon=eps**2` and the decay rates of a mean with a bias correction. A leaf of more dimensions is a stack of
-    matrices, as `matrix_axes` says. With fewer there are no columns, and every element has its own second moment.
+    matrices, as `matrix_axes` says; with fewer than two every element has its own second moment.
 
     A square raises the means of its row and of its column by at most a quarter, unless it is below `1 / (1 - b2)` times
-    that of the leaf, or 32 times one of the three. Unbounded, a gradient of 1e6 times the others multiplies all other
-    updates of a 64 x 128 leaf by 1e4, for as long as the means remember it; and of matrices that grow for good, or rows
-    that start late, all squares together raise a mean at once. In the first gradient of a leaf four times the geometric
-    means of rows take the place of the means. Squares count up to 2**100, NaN as the bound. An update is at most
-    `(1 - b2)**-0.5`, as under Adam, or 5.7, whichever is more, of an infinite gradient too; of NaN it is NaN.
+    that of its matrix, or 32 times the second moment that these three make. Unbounded, one gradient of 1e6 times the
+    others multiplies all other updates of a 64 x 128 leaf by 1e4, for as long as the means remember it; of matrices
+    that grow for good, or rows that start late, all squares together raise a mean at once. In the first gradient of a
+    leaf four times geometric means take the place of the means. Squares count up to 2**100, and NaN as the bound.
+
+    Around it the chain is that of AdamW: weight decay and learning rate follow, and a momentum comes last.
 
     Args:
         b2: Decay rate, in [0, 1).
-        eps: Its square is added to the means, >= 0; at least the smallest normal float32 number is.
+        eps: Its square is added to the means, >= 0; if that is less, the smallest normal float32 number.
+
+    Returns:
+        A transformation whose updates are at most `(1 - b2)**-0.5`, as under Adam, or 5.7, whichever is more: of an
+        infinite gradient too, and NaN of NaN. Its means are float32 for gradients and parameters of up to 32 bits.
     """
 
     def init(params):
         def zeros(axes):
-            shape = lambda p: _without(_averaged(p.shape)[axes], p.shape)  # noqa: E731
-            return jax.tree.map(lambda p: jnp.zeros(shape(p), jnp.promote_types(p.dtype, jnp.float32)), params)
+            shape = lambda p: _without(_averaged(jnp.shape(p))[axes], jnp.shape(p))  # noqa: E731
+            dtype = lambda p: jnp.promote_types(jnp.result_type(p), jnp.float32)  # noqa: E731
+            return jax.tree.map(lambda p: jnp.zeros(shape(p), dtype(p)), params)
 
         return FactoredState(jnp.int32(0), zeros(0), zeros(1))
 
@@ -54,8 +60,7 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
         leaves, rows, columns = map(structure.flatten_up_to, (updates, state.row, state.column))
         t = state.count.astype(jnp.float32)
         rate = b2 * (1 - b2**t) / (1 - b2 ** (t + 1))
-        before = _before(rows, lax.stop_gradient(leaves))
-        results = [_scaled(rate, eps, *leaf) for leaf in zip(leaves, rows, columns, before, strict=True)]
+        results = [_scaled(rate, eps, *leaf) for leaf in zip(leaves, rows, columns, strict=True)]
         scaled, rows, columns = map(structure.unflatten, zip(*results, strict=True)) if leaves else (updates,) * 3
         like = updates if params is None else params
         scaled = jax.tree.map(lambda u, g, p: u.astype(jnp.result_type(g, p)), scaled, updates, like)
@@ -65,13 +70,16 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
 
 
 def matrix_axes(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Which axes of a leaf are the rows and the columns of matrices, of which it is a stack: the longest and the last.
+    """Which axes of a leaf are the rows and the columns of matrices, of which it is a stack: the two longest.
 
-    The first of three or more axes is that of a stack unless it is half as long as all others together: `[layers, n,
-    m]` is a stack, `[d, heads, size]` a kernel of d rows.
+    The first of three or more axes is that of a stack, and is left out, unless it is half as long as all others
+    together or these have no two of 4 or more: `[layers, n, m]` is a stack, and kernels are `[d, heads, size]`, `[d, 3,
+    d]` and `[c, k, 3, 3]`.
     """
-    first = 1 if len(shape) > 2 and 2 * shape[0] < math.prod(shape[1:]) else 0
-    return max(range(first, len(shape) - 1), key=lambda axis: (shape[axis], axis)), len(shape) - 1
+    rest = shape[1:]
+    stack = len(shape) > 2 and 2 * shape[0] < math.prod(rest) and sorted(rest)[-2] >= 4
+    row, column = sorted(sorted(range(stack, len(shape)), key=lambda axis: shape[axis])[-2:])
+    return row, column
 
 
 def _averaged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -86,50 +94,61 @@ def _without(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(1 if axis in axes else length for axis, length in enumerate(shape))
 
 
-def _before(rows: list[Array], gradients: list[Array]) -> list[Array]:
-    """The means of rows; for leaves that had no gradient other than zero yet, from the one that they have now."""
-    unset = lambda row: ~jnp.any(row)  # noqa: E731
-
-    def first(rows, gradients):
-        return [jnp.where(unset(row), _geometric(gradient), row) for row, gradient in zip(rows, gradients, strict=True)]
-
-    some = jnp.any(jnp.array([unset(row) for row in rows], bool))
-    return lax.cond(some, first, lambda rows, _: rows, rows, gradients)
-
-
-def _geometric(gradient: Array) -> Array:
-    """Geometric means of the squares in rows, of what is finite and not zero: no element counts for much.
-
-    Times 4, about the mean square of normal numbers.
-    """
-    size = jnp.abs(as_real(gradient))
-    counts = (size > 0) & (size < jnp.inf)
-    terms = jnp.where(counts, jnp.log(size), 0), counts.astype(size.dtype)
-    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-    axes = _averaged(gradient.shape)[0]
-    logarithm, number = lax.reduce(terms, (size.dtype.type(0),) * 2, add, axes)
-    squares = jnp.where(number > 0, 4 * jnp.exp(2 * logarithm / jnp.maximum(number, 1)), 0)
-    return squares.reshape(_without(axes, gradient.shape))
-
-
 @jax.jit
-def _scaled(rate, eps, gradient, row, column, before):
-    """Update of a leaf, and its means, of squares bounded by the means before."""
-    g, (over_columns, over_rows) = as_real(gradient), _averaged(gradient.shape)
-    mean = lambda x, axes: jnp.mean(x, axis=axes, keepdims=True)  # noqa: E731
-    # A new square has this share of a mean of one element, and in a longer row or column so much less.
-    share = 1 - rate
-    times = lambda axes, part: jnp.maximum(part * math.prod(g.shape[i] for i in axes) / share, _FEW)  # noqa: E731
-    of_row = times(over_columns, 0.25) * before
-    of_column = times(over_rows, 0.25) * jnp.where(jnp.any(column), column, jnp.inf)
-    of_leaf = times((), 1) * mean(before, over_rows)
-    bound = jnp.maximum(jnp.minimum(of_row, of_column), of_leaf)
-    bound = lax.stop_gradient(jnp.minimum(bound, 2.0**100))
+def _scaled(rate, eps, gradient, row, column):
+    """Update of a leaf, and its means, of bounded squares."""
+    if not gradient.size:
+        return gradient, row, column
+    g, rate = as_real(gradient).astype(row.dtype), jnp.asarray(rate).astype(row.dtype)
+    (over_columns, over_rows), share = _averaged(g.shape), 1 - rate
+    bound = lax.stop_gradient(_bound(share, g, row, column))
     square = jnp.where(g * g < bound, g * g, bound)  # The bound for NaN.
-    row = rate * row + share * mean(square, over_columns)
-    column = rate * column + share * mean(square, over_rows)
+    row = rate * row + share * _mean(square, over_columns)
+    column = rate * column + share * _mean(square, over_rows)
 
-    eps = jnp.maximum(jnp.square(eps), jnp.finfo(jnp.float32).tiny)
-    update = g * (jnp.sqrt(mean(row, over_rows) + eps) * lax.rsqrt(row + eps)) * lax.rsqrt(column + eps)
-    largest = jnp.sqrt(times((), 1))
-    return jnp.clip(update, -largest, largest), row, column
+    eps = jnp.maximum(jnp.square(eps), jnp.finfo(jnp.float32).tiny).astype(row.dtype)
+    update = g * (jnp.sqrt(_mean(row, over_rows) + eps) * lax.rsqrt(row + eps)) * lax.rsqrt(column + eps)
+    largest = jnp.sqrt(jnp.maximum(1 / share, _FEW))
+    # Not jnp.clip, with which XLA:CPU loses NaN where nothing but a reduction reads the update.
+    return lax.clamp(-largest, update, largest), row, column
+
+
+def _bound(share: Array, g: Array, row: Array, column: Array) -> Array:
+    """How much a square counts at most. The share is that of a new square in the mean of one element."""
+    over_columns, over_rows = _averaged(g.shape)
+    row, column, whole = _before(g, (row, column, _mean(row, over_rows)))
+    # In a mean of many elements each has so much less.
+    quarter = lambda axes: jnp.maximum(math.prod(g.shape[axis] for axis in axes) / 4 / share, _FEW)  # noqa: E731
+    bound = jnp.minimum(quarter(over_columns) * row, quarter(over_rows) * column)
+    bound = jnp.maximum(bound, jnp.maximum(1 / share, _FEW) * whole)
+    model = (_FEW * row / jnp.where(whole > 0, whole, 1)) * column
+    return jnp.minimum(jnp.maximum(bound, model), 2.0**100)
+
+
+def _before(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The means of rows, columns and matrices that bound a square; in the first gradient other than zero, its own."""
+    return lax.cond(jnp.any(means[0]), lambda g, means: means, _first, g, varying_like(means, g))
+
+
+def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Four times geometric means, for a leaf that was never other than zero: no element counts for much.
+
+    Of the squares in rows, columns and matrices that are finite and not zero; of normal numbers about their mean.
+    """
+    size = jnp.abs(g)
+    counts = (size > 0) & (size < jnp.inf)
+    terms = jnp.where(counts, jnp.log(size), 0), counts.astype(g.dtype)
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+    added = lambda terms, axes: lax.reduce(terms, (g.dtype.type(0),) * 2, add, axes)  # noqa: E731
+
+    def geometric(sums, mean):
+        logarithm, number = (x.reshape(mean.shape) for x in sums)
+        return jnp.minimum(jnp.where(number > 0, 4 * jnp.exp(2 * logarithm / jnp.maximum(number, 1)), 0), 2.0**100)
+
+    over_columns, over_rows = _averaged(g.shape)
+    rows = tuple(x.reshape(means[0].shape) for x in added(terms, over_columns))
+    return tuple(map(geometric, (rows, added(terms, over_rows), added(rows, over_rows)), means))
+
+
+def _mean(x: Array, axes: tuple[int, ...]) -> Array:
+    return jnp.mean(x, axis=axes, keepdims=True)

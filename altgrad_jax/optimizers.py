@@ -89,10 +89,10 @@ def grid_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW for parameters stored on a grid, without a float32 copy: one byte of state per weight, the momentum.
 
-    It is `on_grid(chain(scale_by_second_moment, add_decayed_weights, scale_by_learning_rate), momentum=b1)`: AdamW with
+    It is `on_grid(chain(second moment, add_decayed_weights, scale_by_learning_rate), momentum=b1)`: AdamW with
     the momentum behind the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
     2002.04839), the weight decay and the learning rate, where it carries what rounding loses. Give
-    `optax.inject_hyperparams` a `hyperparam_dtype=jnp.float32`: it takes that of the first leaf, which is an integer.
+    `optax.inject_hyperparams` a `hyperparam_dtype=jnp.float32`: in that of the first leaf 0.999 may be 0 or 1.
 
     Args:
         learning_rate, weight_decay, mask: As in `manifold_adamw`.
@@ -102,8 +102,9 @@ def grid_adamw(
         second_moment: "factored" keeps the means of the squares over rows and over columns (Adafactor: Shazeer, Stern
             2018, arXiv 1804.04235), float32: of a kernel `[n, m]` n + m numbers, of a stack as many for each of its
             matrices, of a leaf with fewer dimensions every square. Both are bounded: a gradient that is far larger than
-            all others, an infinite one too, changes no others, and an update is at most 1 / sqrt(1 - b2) learning
-            rates, as under Adam, or 5.7. "8bit" has a byte per weight, by `compress_state`, and "float32" four.
+            all others, an infinite one too, leaves other rows and columns as they are, and an update is at most
+            1 / sqrt(1 - b2) learning rates, as under Adam, or 5.7. Sums over a sharded axis differ in their last bits.
+            "8bit" has a byte per weight, by `compress_state`, and "float32" four.
         seed: Of the random words, as in `on_grid`.
 
     Returns:

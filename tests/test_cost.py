@@ -68,11 +68,11 @@ class TestStoredWeights:
         assert cost["operations"] <= operations
         assert cost["kernels"] == kernels
 
-    @pytest.mark.parametrize("name", ["grid_adamw, 8bit", "grid_adamw"])
-    def test_under_vmap(self, costs, name):
-        """One more read of a bfloat16 gradient, from which unset rows would take their exponents or means."""
+    @pytest.mark.parametrize(("name", "reads"), [("grid_adamw, 8bit", 1), ("grid_adamw", 2)])
+    def test_under_vmap(self, costs, name, reads):
+        """More reads of a bfloat16 gradient, from which unset rows take exponents, and unset leaves means."""
         cost, plain = costs["one matrix"][f"{name}, vmap of 4"], costs["one matrix"][name]
-        assert cost["bytes"] <= plain["bytes"] + 2.01
+        assert cost["bytes"] <= plain["bytes"] + 2 * reads + 0.03
         assert cost["kernels"] == 1
 
 

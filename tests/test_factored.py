@@ -71,6 +71,11 @@ class TestMatrices:
             ((24, 768, 12, 64), (1, 3)),
             ((3, 3, 64, 128), (2, 3)),
             ((3, 3, 1, 16), (1, 3)),
+            ((512, 512, 1, 1), (0, 1)),  # Convolutions in the order of Equinox and PyTorch.
+            ((512, 256, 3, 3), (0, 1)),
+            ((512, 512, 3), (0, 1)),
+            ((768, 3, 768), (0, 2)),  # Query, key and value in one.
+            ((32, 8, 1024), (1, 2)),  # A stack of LoRA's.
         ],
     )
     def test_of_a_shape(self, shape, axes):
@@ -79,6 +84,7 @@ class TestMatrices:
     @pytest.mark.parametrize("shape", [(5, 4, 4), (16, 6, 6), (3, 3, 8, 16)])
     def test_in_a_stack_are_as_by_themselves(self, shape):
         gradients = draw(0, 20, *shape)
+        assert matrix_axes(shape) == (len(shape) - 2, len(shape) - 1)
         together, state = updates_of(OURS, gradients)
         matrices = gradients.reshape(20, -1, *shape[-2:])
         for i in range(matrices.shape[1]):
@@ -88,10 +94,10 @@ class TestMatrices:
         assert state.column.shape == (*shape[:-2], 1, shape[-1])
 
     def test_under_vmap(self):
-        """Bit for bit."""
+        """Up to the order of the sums."""
         tx, gradients = OURS, draw(0, 20, 5, 4, 16)
         mapped, _ = jax.vmap(functools.partial(updates_of, tx), in_axes=1)(gradients)
-        np.testing.assert_array_equal(mapped, jnp.moveaxis(updates_of(tx, gradients)[0], 1, 0))
+        np.testing.assert_allclose(mapped, jnp.moveaxis(updates_of(tx, gradients)[0], 1, 0), rtol=1e-6)
 
 
 class TestOptax:
@@ -157,13 +163,43 @@ class TestMeans:
         assert float(state.row.max()) == float(state.column.max()) == 2.0**100
         assert jnp.isfinite(updates).all()
 
+    def test_are_kept_by_a_norm_of_nan(self):
+        """XLA:CPU drops NaN from a clip that is only reduced."""
+        tx = scale_by_factored_rms(B2, EPS)
+        gradient = draw(0, 64, 64).at[2, 3].set(jnp.nan)
+        assert jnp.isnan(jax.jit(lambda g: optax.tree.norm(tx.update(g, tx.init(g), g)[0]))(gradient))
+
+    def test_in_double_precision(self):
+        """Gradients of float64 for parameters of float32, and float64 for both."""
+        with jax.enable_x64(True):
+            gradient = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)))
+            for like in (gradient, gradient.astype(jnp.float32)):
+                state = OURS.init(like)
+                updates, after = jax.jit(OURS.update)(gradient, state, like)
+                assert (updates.dtype, after.row.dtype) == (jnp.float64, like.dtype)
+                chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+
+    def test_inside_of_shard_map(self):
+        """Of each shard by itself, from a state that is made inside."""
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        gradients = draw(0, 5, 2, 8, 16)
+        run = jax.jit(
+            jax.shard_map(
+                lambda g: OURS.update(g, OURS.init(g), g)[0], mesh=mesh, out_specs=jax.P("d"), in_specs=jax.P("d")
+            )
+        )
+        np.testing.assert_allclose(
+            run(gradients[0])[1], OURS.update(gradients[0, 1:], OURS.init(gradients[0, 1:]))[0][0], rtol=1e-6
+        )
+
     def test_of_a_tree_with_nothing_in_it(self):
         tx = OURS
         assert tx.update({}, tx.init({}), {})[0] == {}
-        updates, _ = tx.update(
+        updates, state = tx.update(
             {"a": jnp.zeros((0, 3)), "b": jnp.ones(2)}, tx.init({"a": jnp.zeros((0, 3)), "b": jnp.ones(2)})
         )
         assert updates["a"].shape == (0, 3)
+        chex.assert_tree_all_finite(state)
         np.testing.assert_allclose(updates["b"], 1)
 
     def test_under_jit_are_those_of_eager_steps(self):
@@ -210,15 +246,12 @@ class TestOutliers:
     @pytest.mark.parametrize("at", [0, 5, 1000])
     @pytest.mark.parametrize("size", [1e2, 1e6, 1e8, 1e19, 3e38])
     def test_leave_the_others_alone(self, size, at):
-        """Where they move Optax's a hundred times too far; in its row and column no worse than Optax's."""
+        """Where they move Optax's a hundred times too far; in its row and column by 15 %."""
         spike, plain = NONE.at[at].set(size), way()
         ratio = way(spike=spike) / plain
         np.testing.assert_allclose(ratio[OTHERS], 1, rtol=0.02)
-        theirs = way(spike=spike, ours=False) / plain
-        for line in (np.delete(np.arange(128), 5), 3), (5, np.delete(np.arange(64), 3)):
-            line = line[::-1]
-            harm = abs(theirs[line].mean() - 1) if np.isfinite(theirs).all() else np.inf
-            assert abs(ratio[line].mean() - 1) <= max(0.05, harm)
+        for line in (3, np.delete(np.arange(128), 5)), (np.delete(np.arange(64), 3), 5):
+            assert abs(ratio[line].mean() - 1) <= 0.15
         assert abs(way(spike=spike)[3, 5] - plain[3, 5]) <= max(40, 0.2 * plain[3, 5])
 
     def test_in_a_row_of_zeros_and_a_column_of_small_gradients(self):
@@ -286,9 +319,19 @@ class TestOutliers:
         gain = jnp.where(jnp.arange(64) % 2 == 0, seen, 1.0)
         np.testing.assert_allclose(way(gain), way(gain, ours=False), rtol=0.02)
 
-    def test_are_not_rows_of_all_sizes(self):
-        gain = 10.0 ** -jnp.repeat(jnp.arange(8), 8) * EVEN
-        np.testing.assert_allclose(way(gain), way(gain, ours=False), rtol=0.05)
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_are_not_rows_and_columns_of_all_sizes(self, axis):
+        """Not in the first steps either, in which a tuned model has no warm-up."""
+        sizes = jnp.expand_dims(10.0 ** -jnp.linspace(0, 7, SHAPE[axis]), 1 - axis)
+        ours, theirs = (updates_of(tx, draw(0, 30, *SHAPE) * sizes)[0] for tx in (OURS, THEIRS))
+        np.testing.assert_allclose(jnp.sqrt((ours**2).mean((1, 2))), jnp.sqrt((theirs**2).mean((1, 2))), rtol=0.03)
+
+    def test_in_the_first_gradient_of_a_small_leaf(self):
+        """There every element is a large share of its row: the others move a few times too far for a few steps."""
+        spike = draw(0, 300, 16, 16).at[0, 3, 5].set(1e6)
+        ours, plain = (jnp.abs(updates_of(OURS, g)[0]).sum(axis=0) for g in (spike, draw(0, 300, 16, 16)))
+        beside = np.delete(np.arange(16), 3)[:, None], np.delete(np.arange(16), 5)
+        assert 1 <= float((ours / plain)[beside].mean()) < 1.2
 
 
 class TestGridAdamw:

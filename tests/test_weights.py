@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 import altgrad_jax as ag
-from altgrad_jax.weights import reasons_against
+from altgrad_jax.weights import _NAMES, reasons_against
 
 
 def stored_names(params):
@@ -88,6 +88,17 @@ class TestModels:
         flat.pop(join("upscale", "bias"))
         assert stored_names(flat) == {f"[{join('scale', 'w')!r}]", f"[{join('upscale', 'kernel')!r}]"}
 
+    def test_of_matrices_that_are_called_b(self):
+        """In LoRA, beside another of as many dimensions; in Haiku it is a bias."""
+        assert stored_names({"a": jnp.ones((8, 2)), "b": jnp.ones((2, 8))}) == {"['a']", "['b']"}
+        assert stored_names({"w": jnp.ones((3, 8, 2)), "b": jnp.ones((3, 2))}) == {"['w']"}
+
+    def test_of_layers_in_a_sequence(self):
+        """The bias of one is not that of another."""
+        norm, linear = Norm(jnp.ones((3, 8)), jnp.ones((3, 8))), Norm(jnp.ones((3, 8, 8)), jnp.ones((3, 8)))
+        assert stored_names([norm, linear]) == {"[1].weight"}
+        assert stored_names({0: linear, 1: norm}) == {"[0].weight"}
+
     def test_without_names(self):
         assert stored_names([jnp.ones((2, 2)), (jnp.ones(2), jnp.ones((3, 2)))]) == {"[0]", "[1][1]"}
         assert stored_names({"scale": [jnp.ones((2, 2))]}) == {"['scale'][0]"}
@@ -105,9 +116,15 @@ class TestReasons:
             ({"table": jnp.ones((2, 2), jnp.int32)}, "of dtype int32"),
             ({"kernel": jnp.ones(3)}, "of 1 dimensions"),
             ({"kernel": 1.0}, "of 0 dimensions"),
-            *[({name: jnp.ones((2, 2))}, f"named {name}") for name in ("bias", "scale", "b", "gamma", "offset", "var")],
+            *[({name: jnp.ones((2, 2))}, f"named {name}") for name in _NAMES],
             ({"rescale": jnp.ones((2, 2))}, None),
             ({"bias": {"kernel": jnp.ones((2, 2))}}, None),
+            ({"input_layernorm": {"weight": jnp.ones((2, 2))}}, "in input_layernorm"),
+            ({"ln_1": {"g": jnp.ones((2, 2))}}, "in ln_1"),
+            ({"norm1": {"linear": {"weight": jnp.ones((2, 2))}}}, None),
+            ({"w": jax.nn.relu}, "of 0 dimensions"),
+            ({"w": "relu"}, "of 0 dimensions"),
+            ({"key": jax.random.split(jax.random.key(0), (2, 2))}, "of dtype key<fry>"),
         ],
     )
     def test_of_a_leaf(self, leaf, reason):
@@ -130,9 +147,15 @@ class TestStorage:
             "['a']     (64, 8)  E2M5 + 8 bits  2.12",
             "['bias']  (2, 8)   float32        4.00  named bias",
             "['c']     (4, 8)   float32        4.00  left out",
-            "['n']     ()       int32          4.00  of dtype int32",
+            "['n']     ()       int32          4.00  of 0 dimensions",
             "all                               2.29",
         ]
+
+    def test_takes_what_is_no_array(self):
+        model = nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+        assert "key<fry>" in ag.diagnostics.storage(model)
+        for tree in ({"f": jax.nn.relu, "x": 1.0}, {}):
+            assert ag.diagnostics.storage(tree).splitlines()[-1].split() == ["all", "0.00"]
 
     def test_takes_shapes(self):
         params = {"kernel": jnp.ones((64, 8)), "bias": jnp.ones(8)}

@@ -96,7 +96,7 @@ STORED = {
 compress_state = importlib.import_module("altgrad_jax.compress_state")
 first_exponents, first_means = compress_state._first_exponents, factored._before
 compress_state._first_exponents = lambda exponents, *_: exponents
-factored._before = lambda rows, *_: rows
+factored._before = lambda g, means: means
 
 
 def described(shapes: dict[str, tuple[int, ...]], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
