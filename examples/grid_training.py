@@ -1,23 +1,23 @@
 """Trains weights that are stored on an fp8 grid, in a linen `TrainState` and in Flax nnx, with any Optax optimizer.
 
 A small network learns the next character of CPython's help. There are no float32 kernels: gradients are taken with
-respect to `ag.from_grid(params)`, and the validation multiplies with the hardware's fp8 codes, made of the stored
+respect to `ag.from_grid(params)`, and the validation multiplies with the codes of the fp8 dtype, made of the stored
 indices. Next to it is the loss of the same optimizer with float32 weights that are never rounded.
 
     $ python examples/grid_training.py
     optimizer          trained      loss, float32   loss, grid   bytes per weight   seconds
-    adamw, 1 byte      with_linen           2.128        2.143               3.04      10.7
-    adamw, 1 byte      with_nnx             2.110        2.132               3.04       6.5
-    lion, 2 bytes      with_nnx             2.099        2.095               3.03       7.3
-    sgd, 2 bytes       with_nnx             2.185        2.190               3.03       5.3
-    muon, 2 bytes      with_linen           1.949        1.971               3.03      13.9
-    combined, 2 bytes  with_linen           2.129        2.134               4.05       8.9
-    halved, 2 bytes    with_linen           2.209        2.211               8.05       6.0
+    adamw, 1 byte      with_linen           2.128        2.132               2.09       5.4
+    adamw, 1 byte      with_nnx             2.110        2.123               2.09       1.6
+    lion, 2 bytes      with_nnx             2.099        2.106               3.03       1.7
+    sgd, 2 bytes       with_nnx             2.185        2.183               3.03       1.2
+    muon, 2 bytes      with_linen           1.949        1.981               3.03       2.6
+    combined, 2 bytes  with_linen           2.129        2.131               4.05       1.9
+    halved, 2 bytes    with_linen           2.209        2.208               8.05       1.7
 
-(CPython 3.11, jax 0.10, two CPU cores that others used too, 80 s in all; the seconds are of the grid, mostly
-compilation.) Embeddings stay in float32. The momentum of `grid_adamw` is in LaProp's order, behind a second moment of
-means over rows and columns. `combined` skips what is not finite, clips, and decays the kernels alone, all inside of
-`on_grid`, and `halved` is adamw of every two batches, whose float32 sums take 4 bytes.
+(CPython 3.11, jax 0.10, two CPU cores, 30 s in all; the seconds are of the grid, mostly compilation.) Embeddings stay
+in float32. The momentum of `grid_adamw` is in LaProp's order, behind a second moment of means over rows and columns.
+`combined` skips what is not finite, clips, and decays the kernels alone, all inside of `on_grid`, and `halved` is adamw
+of every two batches, whose float32 sums take 4 bytes.
 """
 
 import functools

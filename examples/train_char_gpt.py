@@ -11,8 +11,8 @@ numbers a little, and so does the CPU.
     adamw                        1.302          95.3%           8.14       556.8         61.0             12.00
     manifold_adamw               1.332          96.3%          10.11       271.7         64.0             12.00
     $ python examples/train_char_gpt.py --storage grid
-    adamw                        1.309          95.2%           7.00       202.0         66.7              3.06
-    manifold_adamw               1.345          96.2%          10.00       151.0         60.8              3.06
+    adamw                        1.308          95.2%           7.00       202.0         22.9              3.06
+    manifold_adamw               1.343          96.2%          10.00       152.0         23.8              3.06
     $ python examples/train_char_gpt.py --storage grid+8
     adamw                        1.309          95.3%           7.55       203.7         56.4              4.07
     manifold_adamw               1.328          96.3%           9.96       162.8         54.5              4.07
