@@ -254,6 +254,15 @@ class TestOutliers:
             assert abs(ratio[line].mean() - 1) <= 0.15
         assert abs(way(spike=spike)[3, 5] - plain[3, 5]) <= max(40, 0.2 * plain[3, 5])
 
+    @pytest.mark.parametrize("shape", [(1024, 8), (8, 1024), (64, 64)])
+    def test_raise_both_means_by_a_quarter(self, shape):
+        _, before = updates_of(OURS, jnp.ones((300, *shape)))
+        _, after = OURS.update(jnp.ones(shape).at[3, 5].set(1e6), before)
+        least = 0.01 * (100 - 1) / np.array(shape[::-1])  # Of a square as large as 1 / (1 - b2) times its matrix.
+        for name, alone in zip(("row", "column"), least, strict=True):
+            rise = float((getattr(after, name) / getattr(before, name)).max())
+            assert 1.0 < rise <= max(1.251, 1 + alone)
+
     def test_in_a_row_of_zeros_and_a_column_of_small_gradients(self):
         """A product of two small means is far below its square: the update is bounded."""
         gradients = (1e-2 * draw(0, 200, 64, 64)).at[:, 3].set(0).at[:, :, 5].multiply(1e-6).at[100, 3, 5].set(0.3)
