@@ -34,8 +34,8 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
     that of its matrix, or 32 times the second moment that these three make. Unbounded, one gradient of 1e6 times the
     others multiplies all other updates of a 64 x 128 leaf by 1e4, for as long as the means remember it; of matrices
     that grow for good, or rows that start late, all squares together raise a mean at once. In the first gradient of a
-    leaf four times geometric means take the place of the means; there one element of 1e6 still multiplies the others by
-    1.6 in a leaf of 16 x 16, for ten steps. Squares count up to 2**100, and NaN as the bound.
+    matrix four times geometric means take the place of the means; there one element of 1e6 still multiplies the others
+    by 1.6 in a matrix of 16 x 16, for ten steps. Squares count up to 2**100, and NaN as the bound.
 
     Around it the chain is that of AdamW: weight decay and learning rate follow, and a momentum comes last.
 
@@ -127,12 +127,12 @@ def _bound(share: Array, g: Array, row: Array, column: Array) -> Array:
 
 
 def _before(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The means of rows, columns and matrices that bound a square; in the first gradient other than zero, its own."""
-    return lax.cond(jnp.any(means[0]), lambda g, means: means, _first, g, varying_like(means, g))
+    """The means of rows, columns and matrices that bound a square; in the first gradient of a matrix, its own."""
+    return lax.cond(jnp.all(means[2] > 0), lambda g, means: means, _first, g, varying_like(means, g))
 
 
 def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Four times geometric means, for a leaf that was never other than zero: no element counts for much.
+    """Four times geometric means, of matrices that were never other than zero: no element counts for much.
 
     Of the squares in rows, columns and matrices that are finite and not zero; of normal numbers about their mean.
     """
@@ -144,7 +144,8 @@ def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
 
     def geometric(sums, mean):
         logarithm, number = (x.reshape(mean.shape) for x in sums)
-        return jnp.minimum(jnp.where(number > 0, 4 * jnp.exp(2 * logarithm / jnp.maximum(number, 1)), 0), 2.0**100)
+        square = jnp.where(number > 0, 4 * jnp.exp(2 * logarithm / jnp.maximum(number, 1)), 0)
+        return jnp.where(means[2] > 0, mean, jnp.minimum(square, 2.0**100))
 
     over_columns, over_rows = _averaged(g.shape)
     rows = tuple(x.reshape(means[0].shape) for x in added(terms, over_columns))
