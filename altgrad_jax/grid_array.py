@@ -165,8 +165,9 @@ def to_grid(
             to 8.
         where: Which leaves to store: a function of key path and leaf, or a tree of booleans like params. Default:
             GridArrays, and floating leaves with two or more dimensions, except those whose name (the last component of
-            their path) is one of b, beta, bias, bias_n, gain, gamma, mean, offset, scale, shift, var, those in a module
-            whose name ends with norm or ln, and those that have a bias of their own shape beside them.
+            their path) is beta, bias, bias_n, gain, gamma, mean, offset, scale, shift, var, or b beside a leaf of more
+            dimensions, those in a module whose name ends with norm or ln, and those that have a bias of their own shape
+            beside them.
             `diagnostics.storage` tells what became of each.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
             numbers and arrays that broadcast against the leaves. Default: for every row (along the last axis; the last

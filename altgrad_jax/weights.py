@@ -36,7 +36,7 @@ def _reason(path: tuple[str, ...], leaf: Any, beside: dict[str, tuple[int, ...]]
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"of dtype {dtype}"
-    if name in _NAMES and (name != "b" or max(map(len, beside.values())) > len(shape) or len(beside) == 1):
+    if name in _NAMES and (name != "b" or max(map(len, beside.values())) > len(shape)):
         return f"named {name}"
     if _NORM.fullmatch(module.lower()):
         return f"in {module}"

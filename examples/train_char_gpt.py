@@ -116,7 +116,7 @@ def optimizers(schedule, format, storage) -> dict[str, optax.GradientTransformat
     if storage == "grid":
         adamw = ag.grid_adamw(schedule, weight_decay=WEIGHT_DECAY, second_moment="8bit")
         inner = optax.chain(
-            stiffness,  # Without it, the rest is ag.grid_adamw.
+            stiffness,  # Without it, the rest is the one above.
             optax.scale_by_rms(0.999, 1e-8, eps_in_sqrt=False, bias_correction=True),
             optax.add_decayed_weights(WEIGHT_DECAY),
             optax.scale_by_learning_rate(schedule),

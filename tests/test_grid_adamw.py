@@ -40,6 +40,12 @@ class TestBytes:
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
         assert stored / weights == pytest.approx(expected, abs=0.01)
 
+    def test_of_adamw_in_its_own_order(self):
+        params = jax.eval_shape(lambda p: ag.to_grid(p, fraction_bits=8), self.model())
+        state = jax.eval_shape(ag.compress_state(ag.on_grid(optax.adamw(1e-3))).init, params)
+        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
+        assert stored / sum(leaf.size for leaf in jax.tree.leaves(self.model())) == pytest.approx(4.02, abs=0.01)
+
     @pytest.mark.parametrize(
         ("second_moment", "b1", "fraction_bits", "limit"),
         [("factored", 0.9, 0, 2.04), ("factored", 0.0, 0, 1.04), ("factored", 0.9, 8, 3.04), ("8bit", 0.9, 0, 3.02)],

@@ -1,11 +1,11 @@
 """How far training with weights stored on an 8-bit grid stands from float32 AdamW, and from float32 master weights.
 
-    python tests/benchmarks/storage_quality.py            # everything; 80 minutes on two cores
+    python tests/benchmarks/storage_quality.py            # everything; two hours on two cores
     python tests/benchmarks/storage_quality.py --quick    # three arms of two tiny tasks, in a temporary file
     python tests/benchmarks/storage_quality.py --report   # the tables of what is there
     python tests/benchmarks/storage_quality.py --seeds 12 --tasks gpt_tuned mlp_lm_tuned gpt_small_batch
 
-The last one, 30 minutes, is of the recipes of two bytes and their rivals, on language models whose schedule and b2 are
+The last one, 40 minutes, is of the recipes of two bytes and their rivals, on language models whose schedule and b2 are
 tuned for AdamW.
 
 An arm is a way to store the weights (float32, float32 master weights that the forward pass rounds to the grid, int8
