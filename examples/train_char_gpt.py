@@ -8,8 +8,8 @@ numbers a little, and so does the CPU.
 
     $ python examples/train_char_gpt.py
     optimizer   validation loss (nats)  weights moved  median |ULPs|  p99 |ULPs|  ms per step  bytes per weight
-    adamw                        1.302          95.3%           8.14       556.8         61.0             12.00
-    manifold_adamw               1.332          96.3%          10.11       271.7         64.0             12.00
+    adamw                        1.302          95.3%           8.15       552.9         57.0             12.00
+    manifold_adamw               1.337          96.3%          10.12       273.0         48.7             12.00
     $ python examples/train_char_gpt.py --storage grid
     adamw                        1.308          95.2%           7.00       202.0         22.9              3.06
     manifold_adamw               1.343          96.2%          10.00       152.0         23.8              3.06
