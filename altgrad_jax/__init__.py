@@ -3,8 +3,9 @@
 from altgrad_jax import diagnostics
 from altgrad_jax.compress_state import CompressedState, compress_state
 from altgrad_jax.formats import FloatFormat, as_format
+from altgrad_jax.gradients import value_and_grad
 from altgrad_jax.grid import nextafter, position, spacing, value
-from altgrad_jax.grid_array import GridArray, from_grid, signed_steps, to_grid
+from altgrad_jax.grid_array import GridArray, from_grid, shardings, signed_steps, to_grid
 from altgrad_jax.grid_steps import GridStepsState, scale_by_grid_steps
 from altgrad_jax.on_grid import OnGridState, on_grid
 from altgrad_jax.optimizers import grid_adamw, grid_sgd, manifold_adamw
@@ -34,10 +35,12 @@ __all__ = [
     "round_nearest",
     "round_stochastic",
     "scale_by_grid_steps",
+    "shardings",
     "signed_steps",
     "spacing",
     "stiffness_precondition",
     "to_grid",
     "track_ulp_position",
     "value",
+    "value_and_grad",
 ]

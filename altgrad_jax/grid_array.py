@@ -4,14 +4,16 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array, lax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree, fits
@@ -39,8 +41,13 @@ class GridArray:
     """An array of numbers of a scaled format, stored as integers: their positions on the grid and its exponents.
 
     The element with index `i` is `2**exponent * value(i / 2**fraction_bits, format)`. A pytree of two integer arrays:
-    `optax.apply_updates` adds whole steps, and the change of the exponents, to it. Made by `to_grid`. An average of
-    GridArrays (`optax.incremental_update`) is one of indices; average what `from_grid` gives.
+    `optax.apply_updates` adds whole steps, and the change of the exponents, to it. Made by `to_grid`.
+
+    To what reads it, it is an array of `dtype`: `jnp` functions (`lax` ones need `value()`), `np.asarray`, `@`,
+    indexing, `T` and Flax layers take it as it is, and decode what they read. `+ - * /` are a TypeError, because an
+    update is a GridArray too, of whole steps; JAX decodes the right operand of `array * update` before that can be
+    seen. What maps over its leaves gets the integers: of norms, averages (`optax.incremental_update`) and casts take
+    those of `from_grid(params)`.
 
     Attributes:
         index: Signed positions in steps of `2**-fraction_bits`, shape `[...]`: the smallest of int8, int16 and int32
@@ -49,7 +56,7 @@ class GridArray:
             largest number and the smallest step that it gives are normal float32 numbers.
         format: The format whose grid it is.
         fraction_bits: Bits of every position behind the point.
-        dtype: What `value()` gives.
+        dtype: Of the numbers, for what reads them, and of their gradients.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -62,6 +69,8 @@ class GridArray:
     format: FloatFormat
     fraction_bits: int = 0
     dtype: np.dtype = _FLOAT32
+
+    __array_ufunc__ = None  # NumPy leaves operators to the other operand.
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,7 +90,7 @@ class GridArray:
     @property
     def nbytes(self) -> int:
         """Bytes stored, exponents included."""
-        return self.index.nbytes + self.exponent.nbytes
+        return sum(x.size * x.dtype.itemsize for x in (self.index, self.exponent))
 
     @property
     def grid(self) -> FloatFormat:
@@ -95,12 +104,51 @@ class GridArray:
 
     def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> Array:
         """The numbers, as `from_grid` gives them; in the array's own dtype by default."""
+        if isinstance(self.index, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(self.shape, self.dtype if dtype is None else dtype)
         if full or self.fraction_bits == 0:
             numbers = decode(self.index, self.exponent, self.grid)
         else:
             whole = jnp.where(self._is_nan, nan_index(self.format), _whole_index(self.index, self.fraction_bits))
             numbers = decode(whole, self.exponent, self.format)
         return numbers.astype(self.dtype if dtype is None else dtype)
+
+    def astype(self, dtype: DTypeLike) -> Array:
+        """`value(dtype)`."""
+        return self.value(dtype)
+
+    def __jax_array__(self) -> Array:
+        return self.value()
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("the numbers of a GridArray are decoded: np.asarray with copy=False cannot have them.")
+        return np.asarray(self.value(), dtype)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self.value())
+
+    def __getitem__(self, key: Any) -> Array:
+        return self._taken(key).value()
+
+    def _taken(self, key: Any) -> "GridArray":
+        """The part that a key of NumPy indexing takes, stored."""
+        rows = self.shape if isinstance(key, tuple) else self.shape[:1] + self.exponent.shape[1:]
+        return dataclasses.replace(self, index=self.index[key], exponent=jnp.broadcast_to(self.exponent, rows)[key])
+
+    @property
+    def T(self) -> Array:  # noqa: N802
+        """The numbers, transposed."""
+        return self.value().T
+
+    def __matmul__(self, other: Any) -> Array:
+        return self.value() @ other
+
+    def __rmatmul__(self, other: Any) -> Array:
+        return other @ self.value()
 
     def fp8(self) -> tuple[Array, Array]:
         """The numbers in their hardware dtype, without a scale, and the scale, float32, for a quantized matmul.
@@ -128,6 +176,23 @@ class GridArray:
             return f"{name}, shape={self.shape}, {self.index.dtype} + {exponents})"
         except AttributeError:  # Leaves that are no arrays, as in a tree of shardings.
             return f"{name}, index={self.index!r}, exponent={self.exponent!r})"
+
+
+def _refused(name: str) -> Callable:
+    def operator(self: GridArray, *_: Any) -> Any:
+        raise TypeError(
+            f"a GridArray has no {name}, because an update is a GridArray of whole steps too: take value() of a "
+            "parameter, and put what scales updates inside of on_grid."
+        )
+
+    return operator
+
+
+for _name in "add sub mul truediv floordiv mod pow".split():
+    for _side in ("", "r", "i"):
+        setattr(GridArray, f"__{_side}{_name}__", _refused(f"__{_side}{_name}__"))
+for _name in ("__neg__", "__pos__", "__abs__"):
+    setattr(GridArray, _name, _refused(_name))
 
 
 def is_grid_array(leaf: Any) -> bool:
@@ -158,7 +223,8 @@ def to_grid(
     """Stores parameters on a grid: every chosen leaf becomes a GridArray of its nearest numbers.
 
     Args:
-        params: A tree of arrays. GridArrays in it are encoded again, from all of their bits.
+        params: A tree of arrays, or of their shapes (`jax.ShapeDtypeStruct`). GridArrays in it are encoded again, from
+            all of their bits.
         format: Anything that `as_format` accepts, up to 16 bits. The default loses less than `float8_e4m3fn` or
             `float8_e5m2` in training; only these two, or their fnuz twins, are multiplied by the tensor cores of GPUs.
         fraction_bits: Bits of each position behind the point: 8-bit formats take 1 byte per element with 0, 2 with up
@@ -176,7 +242,8 @@ def to_grid(
             Zeros get that of the largest row, or that of an array of 1/4. A GridArray of the format keeps its own.
 
     Returns:
-        The tree with GridArrays, of the dtypes of their leaves, in the places chosen. Warns of rows that became 0.
+        The tree with GridArrays, of the dtypes of their leaves, in the places chosen, or with their shapes. Warns of
+        rows that became 0.
 
     Raises:
         ValueError: If an index would need more than 2**24 steps, a scale is no power of two that is legal for the
@@ -197,16 +264,19 @@ def to_grid(
     grid = format.refined(fraction_bits)
 
     def leaf(path, x, choice, given):
+        choice = choice.index if is_grid_array(choice) else choice  # Of a mask mapped over stored parameters.
         if not isinstance(choice, bool | np.bool):
             raise TypeError(f"where must be a bool at params{jax.tree_util.keystr(path)}, got {choice!r}.")
         if not choice:
             return x
-        dtype = np.dtype(jnp.result_type(x) if not is_grid_array(x) else x.dtype)
+        dtype = np.dtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x))
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"to_grid stores leaves of a floating dtype, got {dtype} at params{jax.tree_util.keystr(path)}: "
                 "leave it out with `where`."
             )
+        if any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(x)):
+            return jax.eval_shape(lambda x: leaf(path, x, choice, given), x)
         if is_grid_array(x):
             given = x.exponent if given is None and x.format == format else given
             x = x.value(jnp.float32, full=True)
@@ -225,7 +295,7 @@ def from_grid(params: Any, dtype: DTypeLike = jnp.float32, *, full: bool = False
     """The numbers that a tree of parameters stands for, to be differentiated with respect to.
 
     Args:
-        params: A tree of arrays and GridArrays.
+        params: A tree of arrays and GridArrays, or of their shapes.
         dtype: Of the arrays that come from GridArrays; bfloat16 and wider hold every 8-bit format exactly, except for
             scales near the end of its range. Other leaves are untouched.
         full: False gives the numbers of the format, True those with the fraction bits.
@@ -237,6 +307,49 @@ def from_grid(params: Any, dtype: DTypeLike = jnp.float32, *, full: bool = False
         (Array([[1., 1.]], dtype=float32), Array([[1.     , 1.0625]], dtype=float32))
     """
     return map_stored(lambda leaf: leaf.value(dtype, full=full) if is_grid_array(leaf) else leaf, params)
+
+
+def shardings(params: Any, sharding: Any) -> Any:
+    """Shardings of stored parameters, from those of the numbers that they stand for.
+
+    The exponents are sharded as the indices are, except in dimensions in which they have one element.
+
+    Args:
+        params: A tree of arrays and GridArrays, or of their shapes.
+        sharding: A `jax.sharding.NamedSharding` or a `PartitionSpec`, or a tree of them like `from_grid(params)`, or a
+            prefix of one. Any other sharding goes to indices and exponents as it is.
+
+    Returns:
+        A tree like params, with GridArrays of shardings, for `jax.device_put`, `in_shardings` of `jax.jit` and, of
+        PartitionSpecs, `in_specs` of `jax.shard_map`.
+
+    Example:
+        >>> import altgrad_jax as ag, jax, jax.numpy as jnp
+        >>> stored = ag.to_grid({"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)})
+        >>> specs = ag.shardings(stored, {"kernel": jax.P(None, "x"), "bias": jax.P("x")})
+        >>> specs["kernel"].index, specs["kernel"].exponent
+        (P(None, 'x'), P(None, None))
+    """
+
+    def leaf(sharding, param):
+        if not is_grid_array(param):
+            return sharding
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+        if isinstance(spec, PartitionSpec):
+            axes = zip(spec, param.exponent.shape, strict=False)  # A spec may be shorter.
+            spec = PartitionSpec(*(None if length == 1 else axis for axis, length in axes))
+        of_exponent = sharding.update(spec=spec) if isinstance(sharding, NamedSharding) else spec
+        return dataclasses.replace(param, index=sharding, exponent=of_exponent)
+
+    def is_sharding(node):
+        return isinstance(node, Sharding | PartitionSpec)
+
+    return jax.tree.map(
+        lambda sharding, part: map_stored(functools.partial(leaf, sharding), part),
+        sharding,
+        params,
+        is_leaf=is_sharding,
+    )
 
 
 def signed_steps(updates: Any, params: Any) -> Any:
@@ -274,19 +387,37 @@ def checked_values(transformation: str, updates: Any, params: Any) -> Any:
     """Returns the numbers of the parameters; raises unless some are stored and gradients with respect to them came."""
     if params is None:
         raise ValueError(f"{transformation} needs the parameters: call update(updates, state, params).")
-    if not any(map(is_grid_array, flatten_stored(params)[1])):
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: is_grid_array(x) or _is_masked(x))
+    if not any(map(is_grid_array, leaves)) and not any(map(_is_masked, leaves)):  # As one group of optax.partition may.
         raise ValueError(
             f"{transformation} was given no parameter that is stored on a grid: make some with to_grid(params)."
         )
     if any(map(is_grid_array, flatten_stored(updates)[1])):
         raise ValueError(
-            f"{transformation} takes gradients with respect to from_grid(params), got GridArrays: differentiate a "
-            "function of from_grid(params), and put optax.MultiSteps and optax.apply_if_finite inside of on_grid."
+            f"{transformation} takes gradients with respect to from_grid(params), got GridArrays: take them by "
+            "altgrad_jax.value_and_grad, and put optax.MultiSteps and optax.apply_if_finite inside of on_grid."
         )
     floats = from_grid(params, full=True)
     check_same_tree(transformation, "updates", updates, floats)
     check_float_leaves(transformation, "updates", updates)
     return floats
+
+
+def checked_params(params: Any) -> Any:
+    """Parameters to initialise a state from: zeros for mere shapes. Raises if a mask has split GridArrays."""
+    for path, leaf in zip(*flatten_stored(params)[:2], strict=True):
+        if is_grid_array(leaf) and _is_masked(leaf.index):
+            raise ValueError(
+                f"a mask or labels for each part of the GridArray at params{jax.tree_util.keystr(path)}: make the tree "
+                "of masks or labels from from_grid(params), which has one leaf for it."
+            )
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, params
+    )
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def _whole_index(index: Array, fraction_bits: int) -> Array:

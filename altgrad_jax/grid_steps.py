@@ -11,7 +11,7 @@ from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real
 from altgrad_jax.codec import encode, nan_index, narrowed
 from altgrad_jax.formats import FloatFormat
-from altgrad_jax.grid_array import GridArray, checked_values, flatten_stored, from_grid, is_grid_array
+from altgrad_jax.grid_array import GridArray, checked_params, checked_values, flatten_stored, from_grid, is_grid_array
 from altgrad_jax.random_words import leaf_keys, random_words
 
 
@@ -75,7 +75,9 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
     def update(updates, state, params=None, **extra_args):
         return inner.update(updates, state, from_grid(params, full=True), **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: inner.init(from_grid(params, full=True)), update)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: inner.init(from_grid(checked_params(params), full=True)), update
+    )
 
 
 def whole_steps(max_steps: int) -> FloatFormat:

@@ -26,6 +26,7 @@ FLOORS = {
     "compress_state": 4,
     "factored": 4,
     "grid_steps": 4,
+    "gradients": 4,
     "diagnostics": 4,
     "optimizers": 5,
     "flax_support": 6,

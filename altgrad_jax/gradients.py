@@ -1,0 +1,173 @@
+"""Gradients of functions of stored parameters, in floating point."""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from altgrad_jax.formats import FloatFormat
+from altgrad_jax.grid_array import GridArray, is_grid_array, map_stored
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["index", "exponent", "slot"],
+    meta_fields=["format", "fraction_bits", "dtype"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class _Differentiable(GridArray):
+    """A GridArray whose numbers have a gradient, that of `slot`: zeros of the gradient's dtype, which nothing adds."""
+
+    slot: Array | None = None
+
+    def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> Array:
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        decoding = _Decoding(self.format, self.fraction_bits, dtype, full, self.slot.dtype)
+        return _numbers(decoding, self.index, self.exponent, self.slot)
+
+    def fp8(self) -> tuple[Array, Array]:
+        raise TypeError(
+            "no gradient goes through the codes of fp8(): use value() in a function that is differentiated, or write "
+            "its product as a jax.custom_vjp."
+        )
+
+    def _taken(self, key: Any) -> GridArray:
+        return dataclasses.replace(super()._taken(key), slot=self.slot[key])
+
+    @property
+    def stored(self) -> GridArray:
+        return GridArray(self.index, self.exponent, self.format, self.fraction_bits, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """What is known of a GridArray and its gradient without their numbers."""
+
+    format: FloatFormat
+    fraction_bits: int
+    dtype: jnp.dtype
+    full: bool
+    gradient: jnp.dtype
+
+
+# Not a custom_jvp: partial evaluation in a scan loses its rule (jax 0.10), and the penalty of a gradient its own.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _numbers(decoding: _Decoding, index: Array, exponent: Array, slot: Array) -> Array:
+    del slot
+    return GridArray(index, exponent, decoding.format, decoding.fraction_bits).value(decoding.dtype, full=decoding.full)
+
+
+def _forward(decoding, index, exponent, slot):
+    return _numbers(decoding, index, exponent, slot), None
+
+
+def _backward(decoding, _, gradient):
+    return None, None, gradient.astype(decoding.gradient)
+
+
+_numbers.defvjp(_forward, _backward)
+
+
+# A value_and_grad for functions of models that change while they compute, by their type: `flax_support` enters one.
+STATEFUL: dict[type, Callable[..., Callable]] = {}
+
+
+def value_and_grad(
+    fun: Callable, argnums: int | Sequence[int] = 0, has_aux: bool = False, *, dtype: DTypeLike | None = None
+) -> Callable:
+    """`jax.value_and_grad` for arguments that hold GridArrays, each with the gradient of its numbers.
+
+    The function gets GridArrays and decodes them where it uses them: by `x @ kernel`, a Flax layer, `value(dtype)`, or
+    `from_grid(layer)` inside of a `lax.scan` over layers. So no decoded weight lives longer than its use. Import
+    `altgrad_jax.flax_support` for models of Flax nnx, whose other variables come back as from `nnx.value_and_grad`.
+
+    Args:
+        fun, argnums, has_aux: As in `jax.value_and_grad`.
+        dtype: Of the gradients of GridArrays; None for the dtype of each. They are summed in it where an array is used
+            twice.
+
+    Returns:
+        A function of the same arguments, to the value and the gradients, in the structure of `from_grid` of the
+        arguments. Rounding has a gradient of 1. A TypeError if `fp8()` is called inside, through which none goes; and
+        if dtype is not floating.
+
+    Example:
+        >>> import altgrad_jax as ag, jax.numpy as jnp
+        >>> params = ag.to_grid({"kernel": jnp.array([[0.5, -1.0]]), "bias": jnp.zeros(2)})
+        >>> loss = lambda params, x: jnp.sum(x @ params["kernel"] + params["bias"])
+        >>> ag.value_and_grad(loss, dtype=jnp.bfloat16)(params, jnp.ones((3, 1)))
+        (Array(-1.5, dtype=float32),
+         {'bias': Array([3., 3.], dtype=float32), 'kernel': Array([[3, 3]], dtype=bfloat16)})
+    """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a floating dtype, in which gradients can be, got {dtype}.")
+
+    @functools.wraps(fun)
+    def value_and_gradients(*args, **kwargs):
+        _check_support(args)
+        for kind, transformed in STATEFUL.items():
+            if any(isinstance(arg, kind) for arg in args):
+                return transformed(fun, argnums, has_aux, dtype)(*args, **kwargs)
+
+        def of_slots(*slots):
+            changed = dict(zip(chosen, slots, strict=True))
+            given = [with_slots(arg, changed[i]) if i in changed else arg for i, arg in enumerate(args)]
+            return map_stored(_without_slot, fun(*given, **kwargs))
+
+        one, chosen = places(argnums, args)
+        slots = [slots_of(args[i], dtype) for i in chosen]
+        return jax.value_and_grad(of_slots, 0 if one else range(len(slots)), has_aux)(*slots)
+
+    return value_and_gradients
+
+
+def places(argnums: int | Sequence[int], args: Sequence[Any]) -> tuple[bool, list[int]]:
+    """Whether one argument was chosen, and the places of all that were, from 0 on."""
+    one = isinstance(argnums, int)
+    chosen = [argnums] if one else list(argnums)
+    if not all(-len(args) <= i < len(args) for i in chosen):
+        raise ValueError(f"argnums must be places of positional arguments, got {argnums} for {len(args)} of them.")
+    return one, [i % len(args) for i in chosen]
+
+
+def slots_of(tree: Any, dtype: DTypeLike | None) -> Any:
+    """The structure of `from_grid(tree)`, with zeros of the dtype of the gradients for GridArrays."""
+
+    def slot(param):
+        if not is_grid_array(param):
+            return param
+        if isinstance(param, _Differentiable):  # An outer value_and_grad differentiates it too.
+            return param.slot.astype(dtype or param.slot.dtype)
+        return jnp.zeros_like(param.index, dtype or param.dtype)
+
+    return map_stored(slot, tree)
+
+
+def with_slots(tree: Any, slots: Any) -> Any:
+    """The tree with GridArrays whose numbers have the gradients of the slots, and with the slots for other leaves."""
+
+    def leaf(param, slot):
+        if not is_grid_array(param):
+            return slot
+        return _Differentiable(param.index, param.exponent, param.format, param.fraction_bits, param.dtype, slot)
+
+    return map_stored(leaf, tree, slots)
+
+
+def _without_slot(leaf: Any) -> Any:
+    return leaf.stored if isinstance(leaf, _Differentiable) else leaf
+
+
+def _check_support(args: Sequence[Any]) -> None:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and not STATEFUL and any(isinstance(arg, nnx.Pytree) for arg in args):
+        raise ValueError(
+            "value_and_grad of a function of a Flax nnx model needs `import altgrad_jax.flax_support`, without which "
+            "the state of its other variables, such as BatchNorm's, would be lost."
+        )
