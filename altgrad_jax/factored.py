@@ -102,7 +102,7 @@ def _scaled(rate, eps, gradient, row, column):
         return gradient, row, column
     g, rate = as_real(gradient).astype(row.dtype), jnp.asarray(rate).astype(row.dtype)
     (over_columns, over_rows), share = _averaged(g.shape), 1 - rate
-    bound = lax.stop_gradient(_bound(share, g, row, column))
+    bound = lax.stop_gradient(_bound(share, gradient, row, column))
     square = jnp.where(g * g < bound, g * g, bound)  # The bound for NaN.
     row = rate * row + share * _mean(square, over_columns)
     column = rate * column + share * _mean(square, over_rows)
@@ -136,11 +136,12 @@ def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
 
     Of the squares in rows, columns and matrices that are finite and not zero; of normal numbers about their mean.
     """
-    size = jnp.abs(g)
+    # Cast here, as the operand of a conditional is written out: in float32 it may have twice the bytes of the gradient.
+    size = jnp.abs(as_real(g).astype(means[0].dtype))
     counts = (size > 0) & (size < jnp.inf)
-    terms = jnp.where(counts, jnp.log(size), 0), counts.astype(g.dtype)
+    terms = jnp.where(counts, jnp.log(size), 0), counts.astype(size.dtype)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-    added = lambda terms, axes: lax.reduce(terms, (g.dtype.type(0),) * 2, add, axes)  # noqa: E731
+    added = lambda terms, axes: lax.reduce(terms, (size.dtype.type(0),) * 2, add, axes)  # noqa: E731
 
     def geometric(sums, mean):
         logarithm, number = (x.reshape(mean.shape) for x in sums)

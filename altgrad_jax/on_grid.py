@@ -137,10 +137,10 @@ def moved(
 
     Weights w, updates u, momentum M and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`; b_t and
     the gain are scalars; `rounded` takes targets and whether to round them to nearest. Returns targets, and the
-    momentum before and after the error is added.
+    momentum before and after it carries the error.
     """
     move = b * m + (1 - b) * u
-    # A division, as another factor would cost TPUs a kernel more beside 8-bit second moments: 17 bytes instead of 8.
+    # A division, as a product would cost TPUs a kernel more beside 8-bit second moments: 17 bytes instead of 8.
     owed = move + move / gain
     near = jnp.abs(owed) <= ulp
     target = w + jnp.where(near, owed, move)

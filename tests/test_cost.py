@@ -52,7 +52,8 @@ class TestStoredWeights:
             ("on_grid(momentum)", 6.1, 140, 1),
             ("grid_adamw, 8bit", 8.1, 200, 1),
             ("grid_adamw, 8bit, a schedule", 8.1, 200, 1),
-            ("grid_adamw, 8bit, f32 gradients", 10.1, 200, 1),
+            # Where one kernel was 10 bytes until the momentum rounded to nearest: the default does not pay it.
+            ("grid_adamw, 8bit, f32 gradients", 19.1, 255, 2),
             ("grid_adamw, 8bit, 2-byte weight", 8.1, 135, 1),
             # A second read of the gradient, for the means.
             ("grid_adamw", 8.1, 145, 1),
