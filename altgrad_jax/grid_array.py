@@ -188,7 +188,7 @@ def _refused(name: str) -> Callable:
     return operator
 
 
-for _name in "add sub mul truediv floordiv mod pow".split():
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     for _side in ("", "r", "i"):
         setattr(GridArray, f"__{_side}{_name}__", _refused(f"__{_side}{_name}__"))
 for _name in ("__neg__", "__pos__", "__abs__"):
@@ -411,9 +411,7 @@ def checked_params(params: Any) -> Any:
                 f"a mask or labels for each part of the GridArray at params{jax.tree_util.keystr(path)}: make the tree "
                 "of masks or labels from from_grid(params), which has one leaf for it."
             )
-    return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, params
-    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, params)
 
 
 def _is_masked(leaf: Any) -> bool:

@@ -5,7 +5,6 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -41,7 +40,7 @@ def scanned(params, x, wrap=lambda f: f):
 
 def unrolled(params, x):
     for i in range(LAYERS):
-        x = layer_of(x, jax.tree.map(lambda leaf: leaf[i], params["layers"]))  # Of indices and exponents.
+        x = layer_of(x, jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]))  # Of indices and exponents.
     return jnp.mean((x @ params["head"].astype(jnp.float32)) ** 2)
 
 
@@ -133,9 +132,7 @@ class TestValueAndGrad:
         def loss(head, x):
             return jax.lax.pmean(jnp.mean(jnp.tanh(x @ head.astype(jnp.float32))), "x")
 
-        assert_same(
-            jax.jit(ag.value_and_grad(loss))(head, X), jax.jit(jax.value_and_grad(loss))(head.value(), X)
-        )
+        assert_same(jax.jit(ag.value_and_grad(loss))(head, X), jax.jit(jax.value_and_grad(loss))(head.value(), X))
 
     def test_of_several_arguments(self):
         params, other = stored(), stored()["head"]
@@ -188,11 +185,11 @@ class TestErrors:
             ag.value_and_grad(lambda q: jnp.sum(q.fp8()[0].astype(jnp.float32)))(params)
 
     def test_dtype(self):
-        with pytest.raises(TypeError, match="dtype must be a floating dtype.*int8"):
+        with pytest.raises(TypeError, match=r"dtype must be a floating dtype.*int8"):
             ag.value_and_grad(tied, dtype=jnp.int8)
 
     def test_argnums(self):
-        with pytest.raises(ValueError, match="argnums.*got 2 for 2"):
+        with pytest.raises(ValueError, match=r"argnums.*got 2 for 2"):
             ag.value_and_grad(tied, argnums=2)(stored(), X)
 
     def test_grid_arrays_as_gradients_name_the_remedy(self):

@@ -11,7 +11,6 @@ that do not take their places, and temporaries, activations included.
 
 import argparse
 import functools
-import json
 import os
 
 # Set before jax is imported: libtpu must not look for a machine that is not there.
