@@ -439,14 +439,13 @@ def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
 
 def _chosen(params: Any, where: Any) -> Any:
     """A bool for every leaf."""
+    paths, leaves, structure = flatten_stored(params)
     if where is None:
-        paths, leaves, structure = flatten_stored(params)
         reasons = reasons_against(paths, leaves)
         where = structure.unflatten(
             reason is None or is_grid_array(leaf) for reason, leaf in zip(reasons, leaves, strict=True)
         )
-    if callable(where):
-        paths, leaves, structure = flatten_stored(params)
+    elif callable(where) and jax.tree_util.all_leaves([where]):  # A tree may be callable too: a module of Equinox.
         where = structure.unflatten(map(where, paths, leaves))
     if not any(jax.tree.leaves(where)):
         raise ValueError(

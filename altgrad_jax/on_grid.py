@@ -94,7 +94,13 @@ def on_grid(
         params = checked_params(params)
         exponent = map_stored(lambda p: jnp.array(p.exponent) if is_grid_array(p) else None, params)
         carried = map_stored(lambda p: None if momentum is None else _initial(p), params)
-        return OnGridState(jnp.uint32(0), exponent, carried, inner.init(from_grid(params, full=True)))
+        try:
+            inner_state = inner.init(from_grid(params, full=True))
+        except ValueError as error:
+            if "GridArray" in str(error):
+                error.add_note("What is inside of on_grid sees from_grid(params): make its masks and labels from that.")
+            raise
+        return OnGridState(jnp.uint32(0), exponent, carried, inner_state)
 
     def update(updates, state, params=None, **extra_args):
         _check_extra(extra_args)

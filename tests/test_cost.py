@@ -9,18 +9,23 @@ import sys
 
 import pytest
 
-PROGRAM = pathlib.Path(__file__).parent / "benchmarks" / "tpu_bytes.py"
+BENCHMARKS = pathlib.Path(__file__).parent / "benchmarks"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu` (Linux)")
 
 
-@pytest.fixture(scope="module")
-def costs():
+def measured(program):
     # In a process of its own, as libtpu and the CPU backend of the other tests do not share one.
     environment = os.environ | {"XLA_FLAGS": ""}
-    run = subprocess.run([sys.executable, PROGRAM, "--json"], capture_output=True, text=True, env=environment)
+    command = [sys.executable, BENCHMARKS / program, "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return measured("tpu_bytes.py")
 
 
 class TestOneMatrix:
@@ -84,3 +89,13 @@ class TestFortyLeaves:
         tree = costs["40 leaves"]
         assert tree["manifold_adamw"]["kernels"] == tree["optax.adamw"]["kernels"] == 40
         assert tree["manifold_adamw"]["bytes"] <= tree["optax.adamw"]["bytes"] + 8.1
+
+
+class TestWholeStep:
+    """The peak of a step is that of weights, state and bfloat16 gradients: nothing decoded outlives its use."""
+
+    def test_of_a_scanned_decoder(self):
+        """151 million weights: 3.0 or 2.0 bytes, 2 of gradients; 4.05 and 5.05 in all at 604 million."""
+        peaks = measured("step_memory.py")
+        assert peaks["8bit"] <= 5.3
+        assert peaks["factored"] <= 4.4
