@@ -119,7 +119,7 @@ def _fixed_point(bits: jax.Array, format: FloatFormat, sticky: bool) -> jax.Arra
         real = jnp.minimum(real, np.float32(format.max_index << rest_bits))
     below = real.astype(jnp.int32)
     if sticky and 0 < rest_bits < 24:  # With more, only numbers below half of the smallest lose bits here.
-        below |= below.astype(jnp.float32) != real
+        below |= (below.astype(jnp.float32) != real).astype(jnp.int32)
     if not format.exponent_bits:
         return below
     # Within it, it counts the codes of the format, which are leading bits of those of float32.

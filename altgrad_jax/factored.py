@@ -1,5 +1,6 @@
 """A second moment as means over rows and over columns: Adafactor's, with the decay rate of Adam and bounded squares."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -49,11 +50,7 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
     """
 
     def init(params):
-        def zeros(axes):
-            shape = lambda p: _without(_averaged(jnp.shape(p))[axes], jnp.shape(p))  # noqa: E731
-            dtype = lambda p: jnp.promote_types(jnp.result_type(p), jnp.float32)  # noqa: E731
-            return jax.tree.map(lambda p: jnp.zeros(shape(p), dtype(p)), params)
-
+        zeros = lambda axes: jax.tree.map(lambda p: _zero_means(p, _averaged(jnp.shape(p))[axes]), params)  # noqa: E731
         return FactoredState(jnp.int32(0), zeros(0), zeros(1))
 
     def update(updates, state, params=None):
@@ -91,8 +88,10 @@ def _averaged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (column,), (row,)
 
 
-def _without(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(1 if axis in axes else length for axis, length in enumerate(shape))
+@functools.partial(jax.jit, static_argnums=1)
+def _zero_means(p: Array, axes: tuple[int, ...]) -> Array:
+    """Of the sharding that means of p have; XLA makes no array of the shape of p."""
+    return jnp.sum(jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), axis=axes, keepdims=True)
 
 
 @jax.jit
@@ -141,15 +140,17 @@ def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
     counts = (size > 0) & (size < jnp.inf)
     terms = jnp.where(counts, jnp.log(size), 0), counts.astype(size.dtype)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-    added = lambda terms, axes: lax.reduce(terms, (size.dtype.type(0),) * 2, add, axes)  # noqa: E731
+
+    def added(terms, axes):
+        return tuple(jnp.expand_dims(x, axes) for x in lax.reduce(terms, (size.dtype.type(0),) * 2, add, axes))
 
     def geometric(sums, mean):
-        logarithm, number = (x.reshape(mean.shape) for x in sums)
+        logarithm, number = sums
         square = jnp.where(number > 0, 4 * jnp.exp(2 * logarithm / jnp.maximum(number, 1)), 0)
         return jnp.where(means[2] > 0, mean, jnp.minimum(square, 2.0**100))
 
     over_columns, over_rows = _averaged(g.shape)
-    rows = tuple(x.reshape(means[0].shape) for x in added(terms, over_columns))
+    rows = added(terms, over_columns)
     return tuple(map(geometric, (rows, added(terms, over_rows), added(rows, over_rows)), means))
 
 

@@ -24,7 +24,7 @@ from altgrad_jax.grid_array import GridArray, is_grid_array, map_stored
 class _Differentiable(GridArray):
     """A GridArray whose numbers have a gradient, that of `slot`: zeros of the gradient's dtype, which nothing adds."""
 
-    slot: Array | None = None
+    slot: Any = None  # [...], of the dtype of the gradient.
 
     def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> Array:
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)

@@ -105,7 +105,8 @@ class GridArray:
     def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> Array:
         """The numbers, as `from_grid` gives them; in the array's own dtype by default."""
         if isinstance(self.index, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(self.shape, self.dtype if dtype is None else dtype)
+            described: Any = jax.ShapeDtypeStruct(self.shape, self.dtype if dtype is None else dtype)
+            return described
         if full or self.fraction_bits == 0:
             numbers = decode(self.index, self.exponent, self.grid)
         else:
