@@ -38,7 +38,7 @@ class _Differentiable(GridArray):
         )
 
     def _taken(self, key: Any) -> GridArray:
-        return dataclasses.replace(super()._taken(key), slot=self.slot[key])
+        return with_slots(super()._taken(key), self.slot[key])
 
     @property
     def stored(self) -> GridArray:

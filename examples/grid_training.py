@@ -1,20 +1,20 @@
 """Trains weights that are stored on an fp8 grid, in a linen `TrainState` and in Flax nnx, with any Optax optimizer.
 
-A small network learns the next character of CPython's help. There are no float32 kernels: gradients are taken with
-respect to `ag.from_grid(params)`, and the validation multiplies with the codes of the fp8 dtype, made of the stored
-indices. Next to it is the loss of the same optimizer with float32 weights that are never rounded.
+A small network learns the next character of CPython's help. There are no float32 kernels: the models multiply by stored
+ones as they are, and `ag.value_and_grad` differentiates that. Next to it is the loss of the same optimizer with float32
+weights that are never rounded.
 
     $ python examples/grid_training.py
     optimizer          trained      loss, float32   loss, grid   bytes per weight   seconds
-    adamw, 1 byte      with_linen           2.128        2.132               2.09       5.4
-    adamw, 1 byte      with_nnx             2.110        2.123               2.09       1.6
-    lion, 2 bytes      with_nnx             2.099        2.106               3.03       1.7
-    sgd, 2 bytes       with_nnx             2.185        2.183               3.03       1.2
-    muon, 2 bytes      with_linen           1.949        1.981               3.03       2.6
-    combined, 2 bytes  with_linen           2.129        2.131               4.05       1.9
-    halved, 2 bytes    with_linen           2.209        2.208               8.05       1.7
+    adamw, 1 byte      with_linen           2.128        2.122               2.09      15.3
+    adamw, 1 byte      with_nnx             2.110        2.113               2.09      10.7
+    lion, 2 bytes      with_nnx             2.099        2.109               3.03       7.8
+    sgd, 2 bytes       with_nnx             2.185        2.186               3.03       6.7
+    muon, 2 bytes      with_linen           1.949        1.981               3.03       8.1
+    combined, 2 bytes  with_linen           2.129        2.131               4.05       6.2
+    halved, 2 bytes    with_linen           2.209        2.208               8.05       5.2
 
-(CPython 3.11, jax 0.10, two CPU cores, 30 s in all; the seconds are of the grid, mostly compilation.) Embeddings stay
+(CPython 3.11, jax 0.10, two CPU cores, 90 s in all; the seconds are of the grid, mostly compilation.) Embeddings stay
 in float32. The momentum of `grid_adamw` is in LaProp's order, behind a second moment of means over rows and columns.
 `combined` skips what is not finite, clips, and decays the kernels alone, all inside of `on_grid`, and `halved` is adamw
 of every two batches, whose float32 sums take 4 bytes.
@@ -32,6 +32,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import altgrad_jax as ag
+import altgrad_jax.flax_support  # noqa: F401  For value_and_grad of nnx models.
 
 CONTEXT, EMBEDDING, HIDDEN, BATCH, STEPS = 8, 16, 128, 256, 300
 characters, text = np.unique(list("\n".join(sorted(pydoc_data.topics.topics.values()))), return_inverse=True)
@@ -41,14 +42,6 @@ KERNEL_WEIGHTS = HIDDEN * (CONTEXT * EMBEDDING + len(characters))
 batches, validation = windows[: STEPS * BATCH].reshape(STEPS, BATCH, CONTEXT + 1), windows[STEPS * BATCH :]
 
 
-def matmul(x: jax.Array, kernel: jax.Array | ag.GridArray) -> jax.Array:
-    """`x @ kernel`; of a stored kernel the product with its fp8 codes, once the scales of its rows are in x."""
-    if not isinstance(kernel, ag.GridArray):
-        return x @ kernel
-    codes, scale = kernel.fp8()
-    return jax.lax.dot(x * scale[:, 0], codes, preferred_element_type=jnp.float32)
-
-
 class Linen(linen.Module):
     """Logits of the next character, `[batch, vocabulary]`, from characters `[batch, CONTEXT]`."""
 
@@ -56,8 +49,8 @@ class Linen(linen.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = linen.Embed(len(characters), EMBEDDING)(x).reshape(len(x), -1)
         init = linen.initializers.lecun_normal()
-        x = linen.tanh(matmul(x, self.param("kernel_in", init, (CONTEXT * EMBEDDING, HIDDEN))))
-        return matmul(x, self.param("kernel_out", init, (HIDDEN, len(characters))))
+        x = linen.tanh(x @ self.param("kernel_in", init, (CONTEXT * EMBEDDING, HIDDEN)))
+        return x @ self.param("kernel_out", init, (HIDDEN, len(characters)))
 
 
 class NNX(nnx.Module):
@@ -70,8 +63,8 @@ class NNX(nnx.Module):
         self.kernel_out = nnx.Param(init(rngs.params(), (HIDDEN, len(characters))))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nnx.tanh(matmul(self.embed(x).reshape(len(x), -1), self.kernel_in.get_value()))
-        return matmul(x, self.kernel_out.get_value())
+        x = nnx.tanh(self.embed(x).reshape(len(x), -1) @ self.kernel_in.get_value())
+        return x @ self.kernel_out.get_value()
 
 
 def is_kernel(path: tuple, _: jax.Array | None = None) -> bool:
@@ -88,30 +81,32 @@ def with_linen(tx: optax.GradientTransformation, store) -> tuple[jax.Array, Trai
     """Trains what `store` makes of the parameters; returns the validation loss, and parameters and state."""
     params = store(Linen().init(jax.random.key(0), batches[0, :, :-1])["params"])
 
+    def loss(params, batch):
+        return nats(Linen().bind({"params": params}), batch)
+
     def step(state, batch):
-        grads = jax.grad(lambda params: nats(Linen().bind({"params": params}), batch))(ag.from_grid(state.params))
+        _, grads = ag.value_and_grad(loss)(state.params, batch)
         return state.apply_gradients(grads=grads), None
 
     state = TrainState.create(apply_fn=Linen().apply, params=params, tx=tx)
     state, _ = jax.jit(lambda state: jax.lax.scan(step, state, batches))(state)
-    return nats(Linen().bind({"params": state.params}), validation), state
+    return loss(state.params, validation), state
 
 
 def with_nnx(tx: optax.GradientTransformation, store) -> tuple[jax.Array, tuple]:
     """The same."""
     model = NNX(rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model, nnx.Param)
-    params = store(params)
+    nnx.update(model, store(nnx.state(model, nnx.Param)))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    def step(carry, batch):
-        params, state = carry
-        grads = jax.grad(lambda params: nats(nnx.merge(graphdef, params), batch))(ag.from_grid(params))
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+    @nnx.jit
+    def step(model, optimizer, batch):
+        _, grads = ag.value_and_grad(nats)(model, batch)
+        optimizer.update(model, grads)
 
-    (params, state), _ = jax.jit(lambda *carry: jax.lax.scan(step, carry, batches))(params, tx.init(params))
-    nnx.update(model, params)  # With GridArrays in its Params.
-    return nats(model, validation), (params, state)
+    for batch in batches:
+        step(model, optimizer, batch)
+    return nats(model, validation), (nnx.state(model, nnx.Param), optimizer.opt_state)
 
 
 adamw, lion, sgd, muon = optax.adamw(0.01), optax.lion(0.003), optax.sgd(0.3, momentum=0.9), optax.contrib.muon(0.03)
