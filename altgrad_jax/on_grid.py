@@ -52,7 +52,8 @@ def on_grid(
 
     Its updates become whole steps, which `optax.apply_updates` adds exactly. Belongs at the end of a chain: what
     follows it, except `track_ulp_position`, would scale whole steps. `optax.apply_if_finite` and `optax.MultiSteps`
-    belong inside; a momentum goes on to move the weights on the steps that `MultiSteps` skips.
+    belong inside; a momentum goes on to move the weights on the steps that `MultiSteps` skips. In `optax.partition`
+    stored weights that stay frozen take `on_grid(optax.set_to_zero())`.
 
     Args:
         inner: The transformation whose updates are stored, learning rate and weight decay included.

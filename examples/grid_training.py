@@ -25,14 +25,13 @@ import pydoc_data.topics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import altgrad_jax as ag
-import altgrad_jax.flax_support  # noqa: F401  For value_and_grad of nnx models.
+import altgrad_jax.flax_support
 
 CONTEXT, EMBEDDING, HIDDEN, BATCH, STEPS = 8, 16, 128, 256, 300
 characters, text = np.unique(list("\n".join(sorted(pydoc_data.topics.topics.values()))), return_inverse=True)

@@ -46,6 +46,21 @@ class TestBytes:
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state)))
         assert stored / sum(leaf.size for leaf in jax.tree.leaves(self.model())) == pytest.approx(4.02, abs=0.01)
 
+    def test_at_a_billion(self):
+        """20 stacked layers, 2048 wide."""
+        shape = lambda *shape: jax.ShapeDtypeStruct((20, *shape), jnp.float32)  # noqa: E731
+        layers = {
+            "qkv": shape(2048, 6144),
+            "out": shape(2048, 2048),
+            "up": shape(2048, 8192),
+            "down": shape(8192, 2048),
+        }
+        params = ag.to_grid(layers | {"norms": {"scale": shape(2, 2048)}})
+        state = jax.eval_shape(ag.grid_adamw(1e-3).init, params)
+        weights = sum(leaf.size for leaf in jax.tree.leaves(layers))
+        assert weights > 1e9
+        assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((params, state))) / weights <= 2.02
+
     @pytest.mark.parametrize(
         ("second_moment", "b1", "fraction_bits", "limit"),
         [("factored", 0.9, 0, 2.04), ("factored", 0.0, 0, 1.04), ("factored", 0.9, 8, 3.04), ("8bit", 0.9, 0, 3.02)],
