@@ -69,7 +69,6 @@ def varying_like(tree: Any, like: jax.Array) -> Any:
 
     Both branches of a conditional must have one type, though one of them keeps what was made inside.
     """
-
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
     first = like[(0,) * like.ndim] == 0

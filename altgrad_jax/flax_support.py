@@ -2,8 +2,8 @@
 
 `flax.serialization` restores a GridArray into one of the same format, fraction bits, shape and dtype; another target is
 refused. `altgrad_jax.value_and_grad` of a function of `nnx` models differentiates with respect to their `nnx.Param`s,
-stored or not, and gives a State, as `nnx.value_and_grad` does; what the function changes in other variables stays
-changed.
+stored or not, and gives a State, as `nnx.value_and_grad` does. What the function changes in other variables stays
+changed; Params are put back. Models must be positional arguments.
 
 Example:
     >>> import altgrad_jax as ag, altgrad_jax.flax_support, flax, jax.numpy as jnp
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from flax import nnx, serialization
 
-from altgrad_jax.gradients import STATEFUL, places, slots_of, with_slots
+from altgrad_jax.gradients import STATEFUL, deeper, places, slots_of, with_slots, without_slots
 from altgrad_jax.grid_array import GridArray
 
 
@@ -57,20 +57,23 @@ def _value_and_grad(fun: Callable, argnums: int | Sequence[int], has_aux: bool, 
 
     def transformed(*args, **kwargs):
         one, chosen = places(argnums, args)
+        _check_models(args, kwargs, chosen)
 
         def of_slots(slots, *args):
-            args, models = list(args), {}
-            for i, structure, leaves in zip(chosen, structures, slots, strict=True):
-                params, changed = _params(args[i]), structure.unflatten(leaves)
-                if isinstance(args[i], nnx.Pytree):
-                    models[i] = params
-                    nnx.update(args[i], with_slots(params, changed))
-                else:
-                    args[i] = with_slots(params, changed)
-            value = fun(*args, **kwargs)
-            for i, params in models.items():
-                nnx.update(args[i], params)
-            return value
+            with deeper() as depth:
+                args, models = list(args), {}
+                for i, structure, leaves in zip(chosen, structures, slots, strict=True):
+                    params, changed = _params(args[i]), structure.unflatten(leaves)
+                    if isinstance(args[i], nnx.Pytree):
+                        models[i] = params
+                        nnx.update(args[i], with_slots(params, changed, depth))
+                    else:
+                        args[i] = with_slots(params, changed, depth)
+                value = without_slots(fun(*args, **kwargs), depth)
+                for i, params in models.items():
+                    others = nnx.state(args[i], nnx.Not(nnx.Param))
+                    nnx.update(args[i], params, without_slots(others, depth))
+                return value
 
         slots, structures = zip(*(jax.tree.flatten(slots_of(_params(args[i]), dtype)) for i in chosen), strict=True)
         value, gradients = nnx.value_and_grad(of_slots, has_aux=has_aux)(slots, *args)
@@ -83,6 +86,22 @@ def _value_and_grad(fun: Callable, argnums: int | Sequence[int], has_aux: bool, 
 def _params(arg: Any) -> Any:
     """A copy of the Params of a model; another argument as it is."""
     return jax.tree.map(lambda x: x, nnx.state(arg, nnx.Param)) if isinstance(arg, nnx.Pytree) else arg
+
+
+def _check_models(args: Sequence[Any], kwargs: dict[str, Any], chosen: Sequence[int]) -> None:
+    """Raises unless models are arguments themselves and those to be differentiated share no Param."""
+    is_model = lambda node: isinstance(node, nnx.Pytree)  # noqa: E731
+    within = [arg for arg in args if not is_model(arg)]
+    if any(map(is_model, jax.tree.leaves((within, kwargs), is_leaf=is_model))):
+        raise ValueError(
+            "value_and_grad takes models of Flax nnx as positional arguments, got one inside of a container or by "
+            "keyword: make one model of several, or give each as an argument."
+        )
+    models = [node for _, node in nnx.iter_graph([args[i] for i in chosen if is_model(args[i])])]
+    shared = [nnx.iter_graph(args[i]) for i in chosen if is_model(args[i])]
+    variables = [{id(node) for _, node in nodes if isinstance(node, nnx.Param)} for nodes in shared]
+    if sum(map(len, variables)) > len({id(node) for node in models if isinstance(node, nnx.Param)}):
+        raise ValueError("value_and_grad got models that share Params: differentiate with respect to one of them.")
 
 
 STATEFUL[nnx.Pytree] = _value_and_grad

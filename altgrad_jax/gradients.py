@@ -1,9 +1,12 @@
 """Gradients of functions of stored parameters, in floating point."""
 
+import contextlib
 import dataclasses
 import functools
+import operator
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +21,15 @@ from altgrad_jax.grid_array import GridArray, is_grid_array, map_stored
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["index", "exponent", "slot"],
-    meta_fields=["format", "fraction_bits", "dtype"],
+    meta_fields=["format", "fraction_bits", "dtype", "levels"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Differentiable(GridArray):
     """A GridArray whose numbers have a gradient, that of `slot`: zeros of the gradient's dtype, which nothing adds."""
 
     slot: Any = None  # [...], of the dtype of the gradient.
+    # Of the calls of value_and_grad that differentiate it, the innermost last: the depth of each, and its dtype.
+    levels: tuple[tuple[int, Any], ...] = ()
 
     def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> Array:
         dtype = jnp.dtype(self.dtype if dtype is None else dtype)
@@ -33,16 +38,15 @@ class _Differentiable(GridArray):
 
     def fp8(self) -> tuple[Array, Array]:
         raise TypeError(
-            "no gradient goes through the codes of fp8(): use value() in a function that is differentiated, or write "
-            "its product as a jax.custom_vjp."
+            "no gradient goes through the codes of fp8(): use value() where a function is differentiated, or write the "
+            "product as a jax.custom_vjp that takes value() and, as an argument that is not differentiated, the array."
         )
 
     def _taken(self, key: Any) -> GridArray:
-        return with_slots(super()._taken(key), self.slot[key])
+        return _differentiable(super()._taken(key), self.slot[key], self.levels)
 
-    @property
-    def stored(self) -> GridArray:
-        return GridArray(self.index, self.exponent, self.format, self.fraction_bits, self.dtype)
+    def __repr__(self) -> str:
+        return f"Differentiable{super().__repr__()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ class _Decoding:
     gradient: jnp.dtype
 
 
-# Not a custom_jvp: partial evaluation in a scan loses its rule (jax 0.10), and the penalty of a gradient its own.
+# Not a custom_jvp, whose rule jax 0.10 loses where a scan is evaluated in part: the penalty of a gradient would have 0.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _numbers(decoding: _Decoding, index: Array, exponent: Array, slot: Array) -> Array:
     del slot
@@ -84,7 +88,8 @@ def value_and_grad(
     """`jax.value_and_grad` for arguments that hold GridArrays, each with the gradient of its numbers.
 
     The function gets GridArrays and decodes them where it uses them: by `x @ kernel`, a Flax layer, `value(dtype)`, or
-    `from_grid(layer)` inside of a `lax.scan` over layers. So no decoded weight lives longer than its use. Import
+    `from_grid(layer)` inside of a `lax.scan` over layers. So no decoded weight lives longer than its use. What maps
+    over leaves sees integers, without an error: the penalty of all weights is one of `from_grid(params)`. Import
     `altgrad_jax.flax_support` for models of Flax nnx, whose other variables come back as from `nnx.value_and_grad`.
 
     Args:
@@ -110,15 +115,16 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def value_and_gradients(*args, **kwargs):
-        _check_support(args)
+        _check_support((args, kwargs))
         for kind, transformed in STATEFUL.items():
-            if any(isinstance(arg, kind) for arg in args):
+            if any(isinstance(node, kind) for node in jax.tree.leaves((args, kwargs), is_leaf=_is_a(kind))):
                 return transformed(fun, argnums, has_aux, dtype)(*args, **kwargs)
 
         def of_slots(*slots):
-            changed = dict(zip(chosen, slots, strict=True))
-            given = [with_slots(arg, changed[i]) if i in changed else arg for i, arg in enumerate(args)]
-            return map_stored(_without_slot, fun(*given, **kwargs))
+            with deeper() as depth:
+                changed = dict(zip(chosen, slots, strict=True))
+                given = [with_slots(arg, changed[i], depth) if i in changed else arg for i, arg in enumerate(args)]
+                return without_slots(fun(*given, **kwargs), depth)
 
         one, chosen = places(argnums, args)
         slots = [slots_of(args[i], dtype) for i in chosen]
@@ -127,13 +133,35 @@ def value_and_grad(
     return value_and_gradients
 
 
+class _Depth(threading.local):
+    """How many calls of value_and_grad compute their functions."""
+
+    now = 0
+
+
+_depth = _Depth()
+
+
+@contextlib.contextmanager
+def deeper() -> Iterator[int]:
+    """Counts a call while its function is computed, and gives its depth."""
+    _depth.now += 1
+    try:
+        yield _depth.now
+    finally:
+        _depth.now -= 1
+
+
 def places(argnums: int | Sequence[int], args: Sequence[Any]) -> tuple[bool, list[int]]:
     """Whether one argument was chosen, and the places of all that were, from 0 on."""
-    one = isinstance(argnums, int)
-    chosen = [argnums] if one else list(argnums)
+    one = not isinstance(argnums, Sequence)
+    chosen = [operator.index(i) for i in ([argnums] if one else argnums)]
     if not all(-len(args) <= i < len(args) for i in chosen):
         raise ValueError(f"argnums must be places of positional arguments, got {argnums} for {len(args)} of them.")
-    return one, [i % len(args) for i in chosen]
+    chosen = [i % len(args) for i in chosen]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"argnums must name each argument once, got {argnums}.")
+    return one, chosen
 
 
 def slots_of(tree: Any, dtype: DTypeLike | None) -> Any:
@@ -149,24 +177,45 @@ def slots_of(tree: Any, dtype: DTypeLike | None) -> Any:
     return map_stored(slot, tree)
 
 
-def with_slots(tree: Any, slots: Any) -> Any:
+def with_slots(tree: Any, slots: Any, depth: int) -> Any:
     """The tree with GridArrays whose numbers have the gradients of the slots, and with the slots for other leaves."""
 
     def leaf(param, slot):
         if not is_grid_array(param):
             return slot
-        return _Differentiable(param.index, param.exponent, param.format, param.fraction_bits, param.dtype, slot)
+        outer = param.levels if isinstance(param, _Differentiable) else ()
+        return _differentiable(param, slot, (*outer, (depth, slot.dtype)))
 
     return map_stored(leaf, tree, slots)
 
 
-def _without_slot(leaf: Any) -> Any:
-    return leaf.stored if isinstance(leaf, _Differentiable) else leaf
+def without_slots(tree: Any, depth: int) -> Any:
+    """The tree with GridArrays as they were before `with_slots` of this depth: those of outer calls keep their own."""
+
+    def leaf(param):
+        if not isinstance(param, _Differentiable) or param.levels[-1][0] != depth:
+            return param
+        *outer, _ = param.levels
+        if outer:
+            return _differentiable(param, param.slot.astype(outer[-1][1]), tuple(outer))
+        return GridArray(param.index, param.exponent, param.format, param.fraction_bits, param.dtype)
+
+    return map_stored(leaf, tree)
 
 
-def _check_support(args: Sequence[Any]) -> None:
+def _differentiable(param: GridArray, slot: Any, levels: tuple) -> _Differentiable:
+    return _Differentiable(param.index, param.exponent, param.format, param.fraction_bits, param.dtype, slot, levels)
+
+
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda node: isinstance(node, kind)
+
+
+def _check_support(arguments: Any) -> None:
     nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and not STATEFUL and any(isinstance(arg, nnx.Pytree) for arg in args):
+    if nnx is None or STATEFUL:
+        return
+    if any(isinstance(node, nnx.Pytree) for node in jax.tree.leaves(arguments, is_leaf=_is_a(nnx.Pytree))):
         raise ValueError(
             "value_and_grad of a function of a Flax nnx model needs `import altgrad_jax.flax_support`, without which "
             "the state of its other variables, such as BatchNorm's, would be lost."

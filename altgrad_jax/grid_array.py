@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -43,11 +44,11 @@ class GridArray:
     The element with index `i` is `2**exponent * value(i / 2**fraction_bits, format)`. A pytree of two integer arrays:
     `optax.apply_updates` adds whole steps, and the change of the exponents, to it. Made by `to_grid`.
 
-    To what reads it, it is an array of `dtype`: `jnp` functions (`lax` ones need `value()`), `np.asarray`, `@`,
-    indexing, `T` and Flax layers take it as it is, and decode what they read. `+ - * /` are a TypeError, because an
-    update is a GridArray too, of whole steps; JAX decodes the right operand of `array * update` before that can be
-    seen. What maps over its leaves gets the integers: of norms, averages (`optax.incremental_update`) and casts take
-    those of `from_grid(params)`.
+    To what reads it, it is an array of `dtype`: `jnp` functions, `np.asarray`, `@`, comparisons, indexing, `T` and Flax
+    layers take it as it is, and decode what they read; functions of `lax` and `jax.nn`, and ufuncs of NumPy, need
+    `value()`. `+ - * /` are a TypeError, because an update is a GridArray too, of whole steps; JAX decodes the right
+    operand of `array + update` before that can be seen. What maps over its leaves gets the integers: norms, averages
+    (`optax.incremental_update`) and casts take `from_grid(params)`.
 
     Attributes:
         index: Signed positions in steps of `2**-fraction_bits`, shape `[...]`: the smallest of int8, int16 and int32
@@ -124,10 +125,13 @@ class GridArray:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
             raise ValueError("the numbers of a GridArray are decoded: np.asarray with copy=False cannot have them.")
-        return np.asarray(self.value(), dtype)
+        return np.array(self.value(), dtype)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __bool__(self) -> bool:
+        return bool(self.value())
 
     def __iter__(self) -> Iterator[Array]:
         return iter(self.value())
@@ -137,7 +141,8 @@ class GridArray:
 
     def _taken(self, key: Any) -> "GridArray":
         """The part that a key of NumPy indexing takes, stored."""
-        rows = self.shape if isinstance(key, tuple) else self.shape[:1] + self.exponent.shape[1:]
+        mask = getattr(key, "dtype", None) == np.dtype(bool) and np.ndim(key) > 1
+        rows = self.shape if mask or isinstance(key, tuple) else self.shape[:1] + self.exponent.shape[1:]
         return dataclasses.replace(self, index=self.index[key], exponent=jnp.broadcast_to(self.exponent, rows)[key])
 
     @property
@@ -189,6 +194,17 @@ def _refused(name: str) -> Callable:
     return operator
 
 
+def _compared(operation: Callable) -> Callable:
+    def operator(self: GridArray, other: Any) -> Any:
+        if not isinstance(other, GridArray | jax.Array | np.ndarray | np.generic | int | float):
+            return NotImplemented
+        return operation(self.value(), other)
+
+    return operator
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(GridArray, f"__{_name}__", _compared(getattr(operator, _name)))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     for _side in ("", "r", "i"):
         setattr(GridArray, f"__{_side}{_name}__", _refused(f"__{_side}{_name}__"))

@@ -60,7 +60,8 @@ def on_grid(
         rounding: "stochastic", or "nearest", under which a weight stands still while its updates are below half of its
             step: at a learning rate of 1e-5 most weights, in two bytes too.
         momentum: Decay rate, in (0, 1), of a momentum in one byte per weight, which carries what rounding loses: the
-            recurrence of `moved`. All parameters have it, so that `inner` must have none.
+            recurrence of `moved`. What is at most a step from where it is bound for goes there, to nearest. All
+            parameters have it, so that `inner` must have none.
         seed: Of the random words, a function of seed, step, path of the leaf and position of the element: the same on
             any sharding and after any restart, and in all lanes of `jax.vmap` and `jax.shard_map` if it is not mapped.
 

@@ -192,6 +192,30 @@ class TestNnx:
         ours, expected = ag.value_and_grad(nnx_loss)(model, X), nnx.value_and_grad(nnx_loss)(twin, X)
         jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
+    def test_gives_back_what_is_stored(self):
+        model = stored_nnx(ag.to_grid)
+        model.kept = nnx.Variable(model.inward.kernel.get_value())
+
+        def fun(model, x):
+            model.kept.set_value(model.inward.kernel.get_value())
+            return error(model(x)), model.inward.kernel.get_value()
+
+        (_, aux), _ = ag.value_and_grad(fun, has_aux=True)(model, X)
+        assert type(aux) is type(model.kept.get_value()) is ag.GridArray
+
+    def test_of_models_in_containers_and_by_keyword_are_errors(self):
+        model = stored_nnx(ag.to_grid)
+        with pytest.raises(ValueError, match="positional arguments"):
+            ag.value_and_grad(lambda models, x: nnx_loss(models["a"], x))({"a": model}, X)
+        with pytest.raises(ValueError, match="positional arguments"):
+            ag.value_and_grad(lambda scale, model: scale * nnx_loss(model, X))(jnp.ones(()), model=model)
+
+    def test_of_models_that_share_parameters_is_an_error(self):
+        model, other = stored_nnx(ag.to_grid), stored_nnx(ag.to_grid)
+        other.inward = model.inward
+        with pytest.raises(ValueError, match="share Params"):
+            ag.value_and_grad(lambda a, b: nnx_loss(a, X) + nnx_loss(b, X), argnums=(0, 1))(model, other)
+
     def test_needs_flax_support(self, monkeypatch):
         monkeypatch.setattr(altgrad_jax.gradients, "STATEFUL", {})
         with pytest.raises(ValueError, match=r"import altgrad_jax\.flax_support"):

@@ -5,6 +5,7 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -175,6 +176,41 @@ class TestSecondOrder:
         expected = jax.value_and_grad(functools.partial(norm, jax.value_and_grad))(ag.from_grid(params), X)
         assert_same(ours, expected)
 
+    def test_goes_through_an_auxiliary_value(self):
+        """The array that an inner call differentiates, and one that it does not, given back by it."""
+
+        def outer(value_and_grad, w):
+            (_, inner), _ = value_and_grad(lambda x: (jnp.sum(x), w), has_aux=True)(X)
+            (_, chosen), _ = value_and_grad(lambda w: (jnp.sum(jnp.tanh(w @ X[:4])), w), has_aux=True)(w)
+            return jnp.sum(jnp.asarray(inner) ** 2) + jnp.sum(jnp.sin(chosen[...]))
+
+        head = stored()["head"]
+        ours = ag.value_and_grad(functools.partial(outer, ag.value_and_grad))(head)
+        assert_same(ours, jax.value_and_grad(functools.partial(outer, jax.value_and_grad))(head.value()))
+
+
+class TestCodes:
+    """A product of fp8 codes, whose gradient is that of the numbers."""
+
+    def test_as_a_custom_vjp(self):
+        @jax.custom_vjp
+        def product(x, numbers, stored):
+            codes, scale = stored.fp8()
+            return (x * scale[:, 0]) @ codes.astype(jnp.float32)
+
+        def forward(x, numbers, stored):
+            return product(x, numbers, stored), (x, numbers)
+
+        def backward(kept, gradient):
+            x, numbers = kept
+            return gradient @ numbers.T, x.T @ gradient, None
+
+        product.defvjp(forward, backward)
+        params = ag.to_grid(jax.random.normal(jax.random.key(0), (16, 32)), "float8_e4m3fn")
+        ours = ag.value_and_grad(lambda p, stored: jnp.sum(jnp.sin(product(X, p.value(), stored))))(params, params)
+        expected = jax.value_and_grad(lambda w: jnp.sum(jnp.sin(X @ w)))(params.value())
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, expected)
+
 
 class TestErrors:
     """What has no gradient says so."""
@@ -191,6 +227,9 @@ class TestErrors:
     def test_argnums(self):
         with pytest.raises(ValueError, match=r"argnums.*got 2 for 2"):
             ag.value_and_grad(tied, argnums=2)(stored(), X)
+        with pytest.raises(ValueError, match=r"each argument once, got \(0, -2\)"):
+            ag.value_and_grad(tied, argnums=(0, -2))(stored(), X)
+        assert_same(ag.value_and_grad(tied, argnums=np.int64(0))(stored(), X), ag.value_and_grad(tied)(stored(), X))
 
     def test_grid_arrays_as_gradients_name_the_remedy(self):
         params, tx = stored(), ag.grid_adamw(1e-3)

@@ -49,6 +49,14 @@ def trained(name, floats=FLOATS, x=X):
     return jax.tree.map(np.asarray, (params, state))
 
 
+def assert_near(ours, expected):
+    """Sums in another order change the last bits, and now and then how a weight is rounded."""
+    np.testing.assert_allclose(ours["bias"], expected["bias"], rtol=1e-3, atol=1e-5)
+    kernels = [ag.from_grid(params["kernel"]) for params in (ours, expected)]
+    np.testing.assert_allclose(*kernels, atol=2e-2)
+    assert float(jnp.mean(kernels[0] == kernels[1])) > 0.98 or ours["kernel"].dtype == jnp.float32
+
+
 @pytest.mark.parametrize("name", CHAINS)
 class TestModes:
     """Nothing raises, and nothing changes."""
@@ -70,8 +78,7 @@ class TestModes:
         with jax.enable_x64(True):
             ours = trained(name)
         assert [x.dtype for x in jax.tree.leaves(ours[0])] == [x.dtype for x in jax.tree.leaves(expected[0])]
-        floats, others = ag.from_grid(ours[0]), ag.from_grid(expected[0])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), floats, others)
+        assert_near(ours[0], expected[0])
 
     @pytest.mark.parametrize("spec", [jax.P("x"), jax.P(None, "x")])
     def test_explicit_mesh(self, name, spec):
@@ -84,5 +91,4 @@ class TestModes:
             }
             x = jax.device_put(X, jax.NamedSharding(mesh, jax.P()))
             ours = trained(name, floats, x)
-        floats, others = ag.from_grid(ours[0]), ag.from_grid(expected[0])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), floats, others)
+        assert_near(ours[0], expected[0])

@@ -56,6 +56,11 @@ READERS = {
     "all": lambda q: q[...],
     "new axis": lambda q: q[None],
     "mask": lambda q: q[np.arange(q.shape[0]) > 1],
+    "mask of elements": lambda q: q[np.arange(q.size).reshape(q.shape) % 3 == 0],
+    "equality": lambda q: q == 0,
+    "inequality": lambda q: q != jnp.zeros(q.shape),
+    "order": lambda q: (q < 0.5) | (q >= np.float32(1)),
+    "order from the left": lambda q: np.float32(0.5) < q,
     "iteration": lambda q: jnp.stack(list(q)),
     "length": len,
     "linen Dense": lambda q: flax.linen.Dense(q.shape[1], use_bias=False).apply({"params": {"kernel": q}}, X),
@@ -93,7 +98,9 @@ class TestReaders:
     def test_decode_what_they_take_alone(self):
         """The program of an embedding has no array of float32 in the shape of the table."""
         table = ag.to_grid(jax.random.normal(jax.random.key(0), (512, 32)))
-        assert "f32[512,32]" not in str(jax.make_jaxpr(lambda table: table[IDS])(table))
+        program = str(jax.make_jaxpr(lambda table: table[IDS])(table))
+        assert "f32[512,32]" not in program
+        assert program.count("i8[512,32]") == 1  # The table itself: no exponent for each element.
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
     def test_see_the_dtype_of_the_array(self, dtype):
@@ -101,8 +108,15 @@ class TestReaders:
         assert q.dtype == jnp.asarray(q).dtype == np.asarray(q).dtype == q.T.dtype == q[0].dtype == dtype
 
     def test_copy_on_demand(self):
+        np.array(KERNEL)[0] = 1  # Writable.
         with pytest.raises(ValueError, match="copy=False"):
             np.array(KERNEL, copy=False)
+
+    def test_have_a_truth_value_of_one_element_alone(self):
+        assert bool(ag.to_grid(jnp.ones((1, 1))))
+        with pytest.raises(ValueError, match="truth value"):
+            bool(KERNEL)
+        assert (KERNEL == None) is False  # noqa: E711
 
     def test_of_lax_need_the_value(self):
         dimensions = (((1,), (0,)), ((), ()))
