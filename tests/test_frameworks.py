@@ -234,3 +234,11 @@ class TestEquinox:
         params, static = split_equinox(stored)
         assert len(jax.tree.leaves(params)) == 3
         assert not jax.tree.leaves(static)
+
+    def test_tree_of_where_may_be_a_module(self):
+        """Which is callable, as a rule is."""
+        layer = eqx.nn.Linear(16, 8, key=jax.random.key(0))
+        where = jax.tree.map(lambda leaf: leaf.ndim == 2, layer)
+        stored = ag.to_grid(layer, where=where)
+        assert type(stored.weight) is ag.GridArray
+        assert stored.bias is layer.bias
