@@ -97,10 +97,9 @@ def _check_models(args: Sequence[Any], kwargs: dict[str, Any], chosen: Sequence[
             "value_and_grad takes models of Flax nnx as positional arguments, got one inside of a container or by "
             "keyword: make one model of several, or give each as an argument."
         )
-    models = [node for _, node in nnx.iter_graph([args[i] for i in chosen if is_model(args[i])])]
-    shared = [nnx.iter_graph(args[i]) for i in chosen if is_model(args[i])]
-    variables = [{id(node) for _, node in nodes if isinstance(node, nnx.Param)} for nodes in shared]
-    if sum(map(len, variables)) > len({id(node) for node in models if isinstance(node, nnx.Param)}):
+    models = [args[i] for i in chosen if is_model(args[i])]
+    params = [{id(node) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Param)} for model in models]
+    if sum(map(len, params)) > len(set().union(*params)):
         raise ValueError("value_and_grad got models that share Params: differentiate with respect to one of them.")
 
 
