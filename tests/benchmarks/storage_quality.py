@@ -11,10 +11,10 @@ are tuned for AdamW.
 An arm is a way to store the weights (float32, float32 master weights that the forward pass rounds to the grid, int8
 without a master copy, int16 with 8 fraction bits), their format, and the moments of AdamW. The momentum of the arms
 with feedback has one byte, whatever the second moment has; a factored one has means over rows and columns. On every
-task each arm takes its own best learning rate of a grid shared by all arms, chosen with two seeds; then fresh seeds,
-which give initial weights, data and random bits, compare arms in pairs. The matrices are stored, embeddings included;
-biases and norms are float32. Every run is a line of the output, and a restart skips those that are there. Needs `pip
-install -e ".[benchmarks]"`.
+task each arm takes its own best learning rate of a grid shared by all arms, chosen with two seeds, on tuned tasks with
+four; then fresh seeds, which give initial weights, data and random bits, compare arms in pairs. The matrices are
+stored, embeddings included; biases and norms are float32. Every run is a line of the output, and a restart skips those
+that are there. Needs `pip install -e ".[benchmarks]"`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ FORMATS = ("e4m3fn", "e3m4", "e5m2")
 WEIGHT_DECAY, B1, B2, EPS = 0.01, 0.9, 0.999, 1e-8
 MIN_SIZE = 256  # All matrices have their moments compressed, and no bias.
 WARM_UP = 0.1
-SELECTION_SEEDS = (1000, 1001)
+SELECTION_SEEDS = (1000, 1001, 1002, 1003)
 HEADLINE_SEEDS, ORDINARY_SEEDS, ROBUSTNESS_SEEDS = 24, 8, 12
 # Role of a run: multiple of the arm's best learning rate, and what differs from the task.
 VARIANTS = {
@@ -236,6 +236,10 @@ class Task:
         if self.tuned:
             return TUNED_ARMS if self.language_model else [ADAMW, TWIN, DEFAULT]
         return ARMS + LANGUAGE_ARMS * self.language_model
+
+    @property
+    def selection_seeds(self) -> tuple[int, ...]:
+        return SELECTION_SEEDS if self.tuned else SELECTION_SEEDS[:2]
 
     @property
     def variants(self) -> dict[str, tuple[float, dict[str, float]]]:
@@ -593,7 +597,7 @@ def study(task: Task, arm: Arm, most_seeds: int, known: dict[str, dict], emit: C
         return np.inf if reached is None else reached
 
     def mean_loss(exponent):
-        return np.mean([loss("select", task.learning_rate * 2.0**exponent, seed) for seed in SELECTION_SEEDS])
+        return np.mean([loss("select", task.learning_rate * 2.0**exponent, seed) for seed in task.selection_seeds])
 
     best = task.learning_rate * 2.0 ** lowest(mean_loss)
     for seed in range(most_seeds if arm.headline else min(most_seeds, ORDINARY_SEEDS)):
@@ -639,7 +643,7 @@ def lowest(f: Callable[[int], float], limit: int = 8) -> int:
 
 def expected_runs(task: Task, arm: Arm, most_seeds: int) -> int:
     """With one extension of the first three learning rates."""
-    runs = 4 * len(SELECTION_SEEDS) + (most_seeds if arm.headline else min(most_seeds, ORDINARY_SEEDS))
+    runs = 4 * len(task.selection_seeds) + (most_seeds if arm.headline else min(most_seeds, ORDINARY_SEEDS))
     return runs + arm.robustness * len(task.variants) * min(most_seeds, ROBUSTNESS_SEEDS)
 
 
