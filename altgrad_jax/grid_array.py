@@ -185,22 +185,22 @@ class GridArray:
 
 
 def _refused(name: str) -> Callable:
-    def operator(self: GridArray, *_: Any) -> Any:
+    def method(self: GridArray, *_: Any) -> Any:
         raise TypeError(
             f"a GridArray has no {name}, because an update is a GridArray of whole steps too: take value() of a "
             "parameter, and put what scales updates inside of on_grid."
         )
 
-    return operator
+    return method
 
 
 def _compared(operation: Callable) -> Callable:
-    def operator(self: GridArray, other: Any) -> Any:
+    def method(self: GridArray, other: Any) -> Any:
         if not isinstance(other, GridArray | jax.Array | np.ndarray | np.generic | int | float):
             return NotImplemented
         return operation(self.value(), other)
 
-    return operator
+    return method
 
 
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
@@ -229,6 +229,11 @@ def map_stored(f: Callable, tree: Any, *rest: Any) -> Any:
     return structure.unflatten(map(f, leaves, *map(structure.flatten_up_to, rest)))
 
 
+def one_each(choices: Any) -> Any:
+    """Masks with one choice for each array, also where they were mapped over stored parameters, which gives two."""
+    return map_stored(lambda choice: choice.index if is_grid_array(choice) else choice, choices)
+
+
 def to_grid(
     params: Any,
     format: FormatLike = "float8_e3m4",
@@ -242,8 +247,8 @@ def to_grid(
     Args:
         params: A tree of arrays, or of their shapes (`jax.ShapeDtypeStruct`). GridArrays in it are encoded again, from
             all of their bits.
-        format: Anything that `as_format` accepts, up to 16 bits. The default loses less than `float8_e4m3fn` or
-            `float8_e5m2` in training; only these two, or their fnuz twins, are multiplied by the tensor cores of GPUs.
+        format: Anything that `as_format` accepts, up to 16 bits. The default has finer steps than `float8_e4m3fn` and
+            `float8_e5m2`; only these two, or their fnuz twins, are multiplied by the tensor cores of GPUs.
         fraction_bits: Bits of each position behind the point: 8-bit formats take 1 byte per element with 0, 2 with up
             to 8.
         where: Which leaves to store: a function of key path and leaf, or a tree of booleans like params. Default:
@@ -281,7 +286,6 @@ def to_grid(
     grid = format.refined(fraction_bits)
 
     def leaf(path, x, choice, given):
-        choice = choice.index if is_grid_array(choice) else choice  # Of a mask mapped over stored parameters.
         if not isinstance(choice, bool | np.bool):
             raise TypeError(f"where must be a bool at params{jax.tree_util.keystr(path)}, got {choice!r}.")
         if not choice:
@@ -464,6 +468,7 @@ def _chosen(params: Any, where: Any) -> Any:
         )
     elif callable(where) and jax.tree_util.all_leaves([where]):  # A tree may be callable too: a module of Equinox.
         where = structure.unflatten(map(where, paths, leaves))
+    where = one_each(where)
     if not any(jax.tree.leaves(where)):
         raise ValueError(
             "to_grid was given nothing to store: no leaf is chosen by `where`, whose default takes floating leaves "

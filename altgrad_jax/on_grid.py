@@ -140,8 +140,7 @@ def moved(
     with `b_t = b (1 - b**(t - 1)) / (1 - b**t)`, under which M is an average without a bias. M / gain is the sum of the
     moves that M will make after this one: no rounding changes `w + M / gain`, which gains exactly u as soon as b_t is b
     and the gain 1 / b - 1. So an element that owes at most a step goes to the nearest number of where it is bound for,
-    and rests there, half a step from it at most; rounded stochastically it would be 0.6 steps from it. One that owes
-    more, by its momentum, is rounded stochastically.
+    and rests there, half a step from it at most. One that owes more, by its momentum, is rounded stochastically.
 
     Weights w, updates u, momentum M and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`; b_t and
     the gain are scalars; `rounded` takes targets and whether to round them to nearest. Returns targets, and the

@@ -10,7 +10,7 @@ from altgrad_jax._checks import check_number
 from altgrad_jax.compress_state import compress_state
 from altgrad_jax.factored import scale_by_factored_rms
 from altgrad_jax.formats import FormatLike
-from altgrad_jax.grid_array import is_grid_array, map_stored
+from altgrad_jax.grid_array import one_each
 from altgrad_jax.grid_steps import on_values, scale_by_grid_steps
 from altgrad_jax.on_grid import on_grid
 from altgrad_jax.stiffness import stiffness_precondition, track_ulp_position
@@ -122,8 +122,7 @@ def grid_adamw(
     if second_moment not in ("factored", "8bit", "float32"):
         raise ValueError(f"second_moment must be 'factored', '8bit' or 'float32', got {second_moment!r}.")
     _check_numbers(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    if not callable(mask):  # Mapped over stored parameters it has two leaves for each of them.
-        mask = map_stored(lambda choice: choice.index if is_grid_array(choice) else choice, mask)
+    mask = mask if callable(mask) else one_each(mask)
     whole = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
     inner = optax.chain(
         scale_by_factored_rms(b2, eps) if second_moment == "factored" else whole,

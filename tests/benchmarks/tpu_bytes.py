@@ -77,7 +77,7 @@ OPTIMIZERS = {
     ),
 }
 SCHEDULE = optax.cosine_decay_schedule(1e-3, 1000)
-# Parameters in float8_e4m3fn with so many fraction bits, and the dtype of the gradients.
+# So many fraction bits of the parameters, and the dtype of the gradients.
 STORED = {
     "on_grid(optax.adamw)": (ag.on_grid(optax.adamw(1e-3)), 0, jnp.float32),
     "on_grid(momentum)": (ag.on_grid(optax.scale(-1e-3), momentum=0.9), 0, jnp.bfloat16),
