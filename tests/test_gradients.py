@@ -151,6 +151,22 @@ class TestValueAndGrad:
         params = ag.from_grid(stored())
         assert_same(ag.value_and_grad(scanned, dtype=BFLOAT16)(params, X), jax.value_and_grad(scanned)(params, X))
 
+    def test_traces_a_jitted_function_once(self):
+        """Calls one after the other are of one depth, also after an error."""
+        traces = []
+
+        @jax.jit
+        def fun(params, x):
+            traces.append(1)
+            return tied(params, x)
+
+        params = stored()
+        for _ in range(3):
+            ag.value_and_grad(fun)(params, X)
+            with pytest.raises(TypeError):
+                ag.value_and_grad(lambda params: params["head"] + 1)(params)
+        assert len(traces) == 1
+
     def test_keeps_name_and_documentation(self):
         assert ag.value_and_grad(tied).__doc__ == tied.__doc__
 
