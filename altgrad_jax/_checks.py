@@ -9,12 +9,12 @@ import numpy as np
 
 
 def check_number(name: str, value: Any, interval: str, *, integer: bool = False) -> None:
-    """Raises unless a hyperparameter is a real number in an interval, written as in "[0, 1)"."""
+    """Raises unless a hyperparameter is a real number in an interval, such as "[0, 1)"."""
     if isinstance(value, jax.Array):  # Maybe a tracer, as under optax.inject_hyperparams.
         if not integer and jnp.issubdtype(value.dtype, jnp.integer):
             raise TypeError(
-                f"{name} must be a floating number, got an array of {value.dtype}: give optax.inject_hyperparams a "
-                "hyperparam_dtype=jnp.float32, as it takes that of the first leaf, of a GridArray an integer."
+                f"{name} must be a floating number, got an array of {value.dtype}: give optax.inject_hyperparams "
+                "hyperparam_dtype=jnp.float32, because its default is that of the first leaf, here an integer dtype."
             )
         return
     if isinstance(value, np.ndarray) and value.ndim == 0:

@@ -1,6 +1,6 @@
 """The bits of float32 and float64: exponents and powers of two, exact where XLA's `log2` and `exp2` are not.
 
-What is below the smallest normal number of a dtype counts as zero, as XLA flushes it.
+Numbers below the smallest normal number of a dtype count as zero, because XLA flushes them.
 """
 
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Outside jit one program per function instead of one per operation; inside it, as if the decorator were not there.
+# Outside of jit one program per function instead of one per operation; inside of it, no effect.
 compiled = functools.partial(jax.jit, static_argnames="format", inline=True)
 
 _INTEGERS = {32: jnp.int32, 64: jnp.int64}
@@ -40,7 +40,7 @@ def power_of_two(exponent: jax.typing.ArrayLike, dtype: Any = jnp.float32) -> ja
 
 def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """x * 2**exponent, exact, 0 instead of a subnormal number; NaN and infinities stay. It must not overflow."""
-    # Not jnp.ldexp, which multiplies by `2 ** exponent` before jax 0.11: pow is inexact.
+    # Not jnp.ldexp: before jax 0.11 it multiplies by `2 ** exponent`, and pow is inexact.
     info = jnp.finfo(x.dtype)
     bits = lax.bitcast_convert_type(x, _INTEGERS[info.bits])
     scaled = lax.bitcast_convert_type(bits + (exponent.astype(bits.dtype) << info.nmant), x.dtype)
@@ -50,7 +50,7 @@ def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
 
 
 def as_real(x: jax.typing.ArrayLike, name: str = "x") -> jax.Array:
-    """Casts to the dtype that computes, float32 or float64, without rounding."""
+    """Casts to the dtype of the computation, float32 or float64, without rounding."""
     if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):
         raise TypeError(f"{name} must be an array or a float, got {x!r}: convert it with jnp.asarray.")
     dtype = jnp.result_type(x)
@@ -65,11 +65,11 @@ def as_integer(x: jax.Array) -> jax.Array:
 
 
 def varying_like(tree: Any, like: jax.Array) -> Any:
-    """The same numbers, inside of `jax.shard_map` of a type that varies over the axes that another array varies over.
+    """The same numbers; inside of `jax.shard_map` their type varies over the same axes as that of another array.
 
-    Both branches of a conditional must have one type, though one of them keeps what was made inside.
+    Both branches of a conditional must have the same type, even if one of them returns a state that was made inside.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
     first = like[(0,) * like.ndim] == 0
-    return jax.tree.map(lambda x: jnp.where(first, x, x), tree)  # XLA takes the choice away.
+    return jax.tree.map(lambda x: jnp.where(first, x, x), tree)  # XLA removes the choice.

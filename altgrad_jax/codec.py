@@ -1,10 +1,10 @@
-"""Real numbers to the integers that stand for them, and back: the hot path, in integer operations.
+"""Encodes real numbers as integers and decodes them: the hot path, in integer operations.
 
-An element of an array that is stored on a grid is `value(index, format) * 2**exponent`. Rounding looks at the bits of a
-float32 number alone: below the bits of the index there is a rest, a fraction of the step to the next number, and a
+An element of an array that is stored on a grid is `value(index, format) * 2**exponent`. Rounding reads only the bits
+of a float32 number: below the bits of the index there is a rest, a fraction of the step to the next number, and a
 random word decides whether it counts.
 
-The index of NaN is the one that no number has: the most negative one of its dtype, without a sign the largest.
+The index of NaN is one that no number has: the most negative one of its dtype, or the largest one without a sign.
 """
 
 import jax
@@ -33,9 +33,9 @@ def nan_index(format: FloatFormat) -> int:
 
 
 def exponent_range(format: FloatFormat) -> tuple[int, int]:
-    """The least and the greatest exponent under which the largest number and the smallest step are normal float32.
+    """The least and the greatest exponent for which the largest number and the smallest step are normal float32.
 
-    For bfloat16 and float32, whose own range is that of float32, 0 alone.
+    Both are 0 for bfloat16 and float32, whose own range is that of float32.
     """
     low, high = -126 - (format.minexp - format.mantissa_bits), min(128 - format.maxexp, 126)
     return (max(low, -126), high) if low <= high else (0, 0)
@@ -46,13 +46,14 @@ def encode(
 ) -> jax.Array:
     """Rounds real numbers to the numbers of a format that is scaled by a power of two.
 
-    Without a word to the nearest, ties to the even index. With one, uint32, to a neighbour at random: the one away from
-    zero for a share of all words that is the rest in steps, exactly where x is in the normal range of the format. Below
-    it the rest is rounded down, to a multiple of `2**-rest_bits_of(format)`.
+    Without a word, x goes to the nearest number, ties to the even index. With a uint32 word, it goes to one of its two
+    neighbours. The share of words for which that is the one away from zero equals the rest in steps, exactly where x is
+    in the normal range of the format; below it, the rest is first rounded down to a multiple of
+    `2**-rest_bits_of(format)`.
 
-    x is float32, `[...]`, and subnormal numbers count as zero; the exponent, in `exponent_range(format)`, broadcasts to
-    it. Indices are int32, to be cast to `index_dtype(format)` last: +-max_index beyond the largest number, that of NaN
-    where x is not finite, and for a negative x where there is no sign.
+    x is float32, `[...]`, and its subnormal numbers count as zero. The exponent, in `exponent_range(format)`,
+    broadcasts to it. Indices are int32, to be cast to `index_dtype(format)` last: +-max_index beyond the largest
+    number, and the index of NaN where x is not finite, or negative in a format without a sign.
     """
     rest_bits = rest_bits_of(format)
     bits = lax.bitcast_convert_type(x, jnp.int32)
@@ -67,17 +68,17 @@ def encode(
         index = jnp.where(bits < 0, -index, index)
     else:
         undefined |= (bits < 0) & ((bits & ~_SIGN) >= _NORMAL)
-    # Chosen in int32: a choice in int8 takes TPUs a kernel of its own, twice the traffic of a step.
+    # Chosen in int32: on a TPU a choice in int8 takes a kernel of its own, twice the traffic of a step.
     return jnp.where(undefined, nan_index(format), index)
 
 
 def rest_bits_of(format: FloatFormat) -> int:
-    """How many bits of an index behind the point take part in the rounding: what int32 leaves, 24 in 8-bit formats."""
+    """How many bits after the point take part in the rounding: as many as int32 leaves, 24 in 8-bit formats."""
     return 31 - format.max_index.bit_length()
 
 
 def decode(index: jax.Array, exponent: jax.typing.ArrayLike, format: FloatFormat) -> jax.Array:
-    """The numbers at indices, exactly, float32; NaN at that of NaN, 0 for what is below the normal range of float32."""
+    """The numbers at indices, exact, float32; NaN at the index of NaN, 0 below the normal range of float32."""
     index = index.astype(jnp.int32)
     number = index.astype(jnp.float32) * np.float32(format.smallest_subnormal)
     if format.exponent_bits:
@@ -91,12 +92,12 @@ def decode(index: jax.Array, exponent: jax.typing.ArrayLike, format: FloatFormat
 
 
 def magnitude(x: jax.Array) -> jax.Array:
-    """Bits of |x|, int32, which are ordered as |x| is; x is float32."""
+    """Bits of |x|, int32, in the order of |x|; x is float32."""
     return lax.bitcast_convert_type(x, jnp.int32) & ~_SIGN
 
 
 def narrowed(x: jax.Array) -> jax.Array:
-    """Casts to float32; float64 so that the result rounds to fewer bits as x itself would, to odd."""
+    """Casts to float32; float64 by rounding to odd, so that the result rounds to fewer bits as x itself would."""
     near = x.astype(jnp.float32)
     if x.dtype != jnp.float64:
         return near
@@ -107,7 +108,7 @@ def narrowed(x: jax.Array) -> jax.Array:
 
 
 def _fixed_point(bits: jax.Array, format: FloatFormat, sticky: bool) -> jax.Array:
-    """|x| as a fractional index with `rest_bits` bits behind the point, saturating; int32."""
+    """|x| as a fractional index with `rest_bits` bits after the point, saturating; int32."""
     mantissa_bits, rest_bits = format.mantissa_bits, rest_bits_of(format)
     # Below the normal range an index is a number of steps.
     real = lax.bitcast_convert_type(bits, jnp.float32)
@@ -122,7 +123,7 @@ def _fixed_point(bits: jax.Array, format: FloatFormat, sticky: bool) -> jax.Arra
         below |= (below.astype(jnp.float32) != real).astype(jnp.int32)
     if not format.exponent_bits:
         return below
-    # Within it, it counts the codes of the format, which are leading bits of those of float32.
+    # Within it, an index counts the codes of the format, which are leading bits of those of float32.
     above = bits - ((format.minexp + 126) << 23)
     above = jnp.minimum(above, format.max_index << (23 - mantissa_bits)) << (rest_bits - 23 + mantissa_bits)
     return jnp.where(bits < ((format.minexp + 127) << 23), below, above)

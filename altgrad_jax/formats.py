@@ -12,17 +12,17 @@ from jax.typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class FloatFormat:
-    """A floating-point format: the finite list of numbers that a weight can be.
+    """A floating-point format: the finite list of numbers that a weight can take.
 
     The positive values are `k * 2**(minexp - mantissa_bits)` for `k <= 2**mantissa_bits` and have `mantissa_bits` bits
     after the leading one from there to `max`; zero and, if signed, the negatives complete the list. The properties mean
-    what they mean in `numpy.finfo`; values are Python floats, and exact.
+    the same as in `numpy.finfo`; values are exact Python floats.
 
     Attributes:
-        name: What the format is called; formats that differ in name alone are different.
+        name: Name of the format; formats that differ only in name are different.
         exponent_bits, mantissa_bits, bias: Integers (else a TypeError), the widths >= 0 (else a ValueError); without
             exponent bits the grid is uniform and has no normal numbers.
-        max: The largest finite value; a ValueError if it is not a value of the format, or if a value is no float64.
+        max: The largest finite value; a ValueError if it is not a value of the format, or if a value is not a float64.
         signed: Whether there are negative numbers.
 
     Example:
@@ -67,7 +67,7 @@ class FloatFormat:
 
     @property
     def maxexp(self) -> int:
-        """The smallest power of two that is beyond `max` has this exponent."""
+        """Exponent of the smallest power of two beyond `max`."""
         return math.frexp(self.max)[1]
 
     @property
@@ -77,7 +77,7 @@ class FloatFormat:
 
     @property
     def eps(self) -> float:
-        """Gap of the grid at 1.0, were its range to reach there."""
+        """Gap that the grid has at 1.0, or would have if its range reached there."""
         return 2.0**-self.mantissa_bits
 
     @property
@@ -96,7 +96,7 @@ class FloatFormat:
         return (self._top_binade << self.mantissa_bits) + int(self._steps_to_max)
 
     def refined(self, fraction_bits: int) -> "FloatFormat":
-        """The grid with evenly spaced numbers between neighbours: index k of this is k * 2**fraction_bits of that."""
+        """The grid with evenly spaced numbers added between neighbours: index k becomes k * 2**fraction_bits."""
         if fraction_bits == 0:
             return self
         name, mantissa_bits = f"{self.name}+{fraction_bits}", self.mantissa_bits + fraction_bits
@@ -133,7 +133,7 @@ _DTYPES = (
     FloatFormat("float32", 8, 23, 127, float.fromhex("0x1.fffffep127")),
 )
 
-# Biases and maxima of the AltGrad project, whose names they bear; all but E4M3 and E5M2 use every code.
+# Names, biases and maxima of the AltGrad project; all except E4M3 and E5M2 use every code.
 _FAMILY = (
     FloatFormat("E0M7", 0, 7, 0, 127 / 128),
     FloatFormat("E1M6", 1, 6, 0, 3.96875),
@@ -161,7 +161,7 @@ def as_format(spec: FormatLike) -> FloatFormat:
             maximum and is in general another grid than the dtype with the same widths. Anything else is a TypeError.
 
     Raises:
-        ValueError: If it is unknown, ambiguous, beyond float32, or `float8_e8m0fnu`: a scale, no grid for weights.
+        ValueError: If it is unknown, ambiguous, beyond float32, or `float8_e8m0fnu`: a format for scales, not weights.
 
     Example:
         >>> import altgrad_jax as ag
@@ -177,7 +177,7 @@ def as_format(spec: FormatLike) -> FloatFormat:
     if name in known:
         return known[name]
     if name == "float8_e8m0fnu":
-        raise ValueError("float8_e8m0fnu has neither a zero nor a sign, so weights cannot live on it; it is a scale.")
+        raise ValueError("float8_e8m0fnu has neither a zero nor a sign, so it cannot hold weights; it is for scales.")
     if candidates := _same_widths(name, known):
         raise ValueError(f"format {name!r} is not a full name: use one of {', '.join(map(repr, candidates))}.")
     raise ValueError(f"format must be one of {', '.join(known)} or a FloatFormat, got {name!r}.")

@@ -2,8 +2,8 @@
 
 The numbers of a format are counted from 0: the k-th positive one has index k, its negative -k. The chart `position`
 continues the index linearly between neighbours, `value` is its inverse, and `spacing`, the slope of `value`, is the
-stiffness of the grid: one ULP. All are exact, in float32 (float64 for float64 input). What is below the smallest normal
-number of that dtype counts as zero, as XLA flushes it: it matters for the formats bfloat16 and float32 alone.
+stiffness of the grid: one ULP. All are exact, in float32 (float64 for float64 input). Numbers below the smallest
+normal number of that dtype count as zero, because XLA flushes them: it matters only for bfloat16 and float32.
 """
 
 import functools
@@ -124,7 +124,7 @@ def nextafter(x: jax.typing.ArrayLike, toward: jax.typing.ArrayLike, format: For
 def _nextafter(x: jax.Array, toward: jax.Array, format: FloatFormat) -> jax.Array:
     away = jnp.where(x == 0, toward != 0, (toward > x) == (x > 0))
     steps, base = steps_and_base(x, format)
-    # The first number away from 0 that XLA does not flush; 1 for all formats but bfloat16 and float32.
+    # Index of the first number that XLA does not flush; 1 for all formats except bfloat16 and float32.
     first = 2 ** max(jnp.finfo(x.dtype).minexp - (format.minexp - format.mantissa_bits), 0)
     inwards = base + as_integer(jnp.ceil(steps)) - 1 + (jnp.abs(x) > format.max)
     outwards = base + as_integer(jnp.floor(steps)) + 1

@@ -28,7 +28,7 @@ _HARDWARE_FORMATS = (
     "float8_e4m3fn float8_e5m2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz"
 )
 _FLOAT32 = np.dtype("float32")
-# Binades that the scale of a row may be below that of the largest row of its leaf.
+# How many binades the scale of a row may lie below that of the largest row of its leaf.
 _BELOW = 10
 
 
@@ -44,20 +44,20 @@ class GridArray:
     The element with index `i` is `2**exponent * value(i / 2**fraction_bits, format)`. A pytree of two integer arrays:
     `optax.apply_updates` adds whole steps, and the change of the exponents, to it. Made by `to_grid`.
 
-    To what reads it, it is an array of `dtype`: `jnp` functions, `np.asarray`, `@`, comparisons, indexing, `T` and Flax
-    layers take it as it is, and decode what they read; functions of `lax` and `jax.nn`, and ufuncs of NumPy, need
-    `value()`. `+ - * /` are a TypeError, because an update is a GridArray too, of whole steps; JAX decodes the right
-    operand of `array + update` before that can be seen. What maps over its leaves gets the integers: norms, averages
-    (`optax.incremental_update`) and casts take `from_grid(params)`.
+    For reading, it is an array of `dtype`: `jnp` functions, `np.asarray`, `@`, comparisons, indexing, `T` and Flax
+    layers take it as it is and decode what they read; functions of `lax` and `jax.nn`, and ufuncs of NumPy, need
+    `value()`. `+ - * /` raise a TypeError, because an update is a GridArray too, of whole steps; but JAX decodes the
+    right operand of `array + update` without an error. Functions that map over leaves get the integers: norms, averages
+    (`optax.incremental_update`) and casts need `from_grid(params)`.
 
     Attributes:
         index: Signed positions in steps of `2**-fraction_bits`, shape `[...]`: the smallest of int8, int16 and int32
-            (unsigned for a format without a sign). The most negative one, which no format reaches, is NaN.
+            (unsigned for a format without a sign). The most negative one (unsigned: the largest) is NaN.
         exponent: log2 of the scale, int8, in each dimension as long as the index or 1; from `to_grid` one per row. The
             largest number and the smallest step that it gives are normal float32 numbers.
-        format: The format whose grid it is.
-        fraction_bits: Bits of every position behind the point.
-        dtype: Of the numbers, for what reads them, and of their gradients.
+        format: The format of the grid.
+        fraction_bits: Bits of every position after the point.
+        dtype: Dtype in which the numbers are read, and of their gradients.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -124,7 +124,7 @@ class GridArray:
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("the numbers of a GridArray are decoded: np.asarray with copy=False cannot have them.")
+            raise ValueError("the numbers of a GridArray are decoded into a new array: leave out copy=False.")
         return np.array(self.value(), dtype)
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class GridArray:
         """The numbers in their hardware dtype, without a scale, and the scale, float32, for a quantized matmul.
 
         Fraction bits are rounded to nearest-even first. The product of `x` and a kernel with a scale per row is
-        `(x * scale[:, 0]) @ codes`. A TypeError if no 8-bit hardware dtype has the format.
+        `(x * scale[:, 0]) @ codes`. A TypeError if the format is not an 8-bit hardware dtype.
         """
         if self.format.dtype is None or self.format.name not in _HARDWARE_FORMATS.split():
             raise TypeError(f"fp8() needs one of the formats {_HARDWARE_FORMATS}, got {self.format.name}.")
@@ -171,7 +171,7 @@ class GridArray:
 
     @property
     def _is_nan(self) -> Array:
-        # In int32, in which the numbers are decoded too: a comparison in int8 takes TPUs a kernel of its own.
+        # In int32, like the decoding: on a TPU a comparison in int8 takes a kernel of its own.
         return self.index.astype(jnp.int32) == nan_index(self.grid)
 
     def __repr__(self) -> str:
@@ -180,7 +180,7 @@ class GridArray:
         try:
             exponents = f"{self.exponent.dtype}[{','.join(map(str, self.exponent.shape))}]"
             return f"{name}, shape={self.shape}, {self.index.dtype} + {exponents})"
-        except AttributeError:  # Leaves that are no arrays, as in a tree of shardings.
+        except AttributeError:  # Leaves that are not arrays, as in a tree of shardings.
             return f"{name}, index={self.index!r}, exponent={self.exponent!r})"
 
 
@@ -188,7 +188,7 @@ def _refused(name: str) -> Callable:
     def method(self: GridArray, *_: Any) -> Any:
         raise TypeError(
             f"a GridArray has no {name}, because an update is a GridArray of whole steps too: take value() of a "
-            "parameter, and put what scales updates inside of on_grid."
+            "parameter, and put transformations that scale updates inside of on_grid."
         )
 
     return method
@@ -230,7 +230,7 @@ def map_stored(f: Callable, tree: Any, *rest: Any) -> Any:
 
 
 def one_each(choices: Any) -> Any:
-    """Masks with one choice for each array, also where they were mapped over stored parameters, which gives two."""
+    """Masks with one choice per array, also if they were mapped over stored parameters, where each array has two."""
     return map_stored(lambda choice: choice.index if is_grid_array(choice) else choice, choices)
 
 
@@ -249,28 +249,29 @@ def to_grid(
             all of their bits.
         format: Anything that `as_format` accepts, up to 16 bits. The default has finer steps than `float8_e4m3fn` and
             `float8_e5m2`; only these two, or their fnuz twins, are multiplied by the tensor cores of GPUs.
-        fraction_bits: Bits of each position behind the point: 8-bit formats take 1 byte per element with 0, 2 with up
+        fraction_bits: Bits of each position after the point: 8-bit formats take 1 byte per element with 0, 2 with up
             to 8.
         where: Which leaves to store: a function of key path and leaf, or a tree of booleans like params. Default:
             GridArrays, and floating leaves with two or more dimensions, except those whose name (the last component of
             their path) is beta, bias, bias_n, gain, gamma, mean, offset, scale, shift, var, or b beside a leaf of more
             dimensions, those in a module whose name ends with norm or ln, and those that have a bias of their own shape
             beside them.
-            `diagnostics.storage` tells what became of each.
+            `diagnostics.storage` shows what became of each.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
             numbers and arrays that broadcast against the leaves. Default: for every row (along the last axis; the last
-            two where it has fewer than 8 elements) the smallest under which its largest magnitude is below half of the
-            largest number, in a uniform format below seven eighths, and at least 2**-10 of that of the largest row.
-            Zeros get that of the largest row, or that of an array of 1/4. A GridArray of the format keeps its own.
+            two if that has fewer than 8 elements) the smallest scale for which its largest magnitude is below half of
+            the largest number (seven eighths in a uniform format), but at least 2**-10 of the scale of the largest row.
+            Rows of zeros get the scale of the largest row, arrays of zeros that of an array of 1/4. A GridArray of the
+            format keeps its own.
 
     Returns:
-        The tree with GridArrays, of the dtypes of their leaves, in the places chosen, or with their shapes. Warns of
-        rows that became 0.
+        The tree with GridArrays, which keep the dtypes of their leaves, or with their shapes. Warns of rows that
+        became 0.
 
     Raises:
-        ValueError: If an index would need more than 2**24 steps, a scale is no power of two that is legal for the
+        ValueError: If an index would need more than 2**24 steps, a scale is not a power of two that is legal for the
             format or does not broadcast, an element is not finite or would saturate, or nothing was chosen.
-        TypeError: If a chosen leaf is not of a floating dtype, or `fraction_bits` is no number.
+        TypeError: If a chosen leaf is not of a floating dtype, or `fraction_bits` is not a number.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -313,12 +314,12 @@ def to_grid(
 
 
 def from_grid(params: Any, dtype: DTypeLike = jnp.float32, *, full: bool = False) -> Any:
-    """The numbers that a tree of parameters stands for, to be differentiated with respect to.
+    """The numbers that a tree of parameters stands for: gradients are taken with respect to them.
 
     Args:
         params: A tree of arrays and GridArrays, or of their shapes.
-        dtype: Of the arrays that come from GridArrays; bfloat16 and wider hold every 8-bit format exactly, except for
-            scales near the end of its range. Other leaves are untouched.
+        dtype: Dtype of the arrays that come from GridArrays; bfloat16 and wider hold every 8-bit format exactly, except
+            for scales near the end of its range. Other leaves are untouched.
         full: False gives the numbers of the format, True those with the fraction bits.
 
     Example:
@@ -341,8 +342,8 @@ def shardings(params: Any, sharding: Any) -> Any:
             prefix of one. Any other sharding goes to indices and exponents as it is.
 
     Returns:
-        A tree like params, with GridArrays of shardings, for `jax.device_put`, `in_shardings` of `jax.jit` and, of
-        PartitionSpecs, `in_specs` of `jax.shard_map`.
+        A tree like params, with GridArrays of shardings, for `jax.device_put`, `in_shardings` of `jax.jit` and, if
+        they are PartitionSpecs, `in_specs` of `jax.shard_map`.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp
@@ -374,9 +375,9 @@ def shardings(params: Any, sharding: Any) -> Any:
 
 
 def signed_steps(updates: Any, params: Any) -> Any:
-    """The whole steps by which an update of `on_grid`, which holds them modulo a range, moves its parameters.
+    """The whole steps by which an update of `on_grid`, which holds them modulo its range, moves the parameters.
 
-    Per GridArray int32, in units of `2**-fraction_bits` on the grid after the update; other leaves as they are.
+    For GridArrays int32, in units of `2**-fraction_bits` on the grid after the update; other leaves as they are.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -397,7 +398,7 @@ def signed_steps(updates: Any, params: Any) -> Any:
 
 
 def rejoined(node: Any, *formats: FloatFormat | None) -> Any:
-    """A GridArray again from the mapping that `flax.nnx.Optimizer` makes of one: of the format with such indices."""
+    """The GridArray of which `flax.nnx.Optimizer` made a mapping, in the format that has its index dtype."""
     if not isinstance(node, Mapping):
         return node
     format = next(format for format in filter(None, formats) if index_dtype(format) == node["index"].dtype)
@@ -405,17 +406,17 @@ def rejoined(node: Any, *formats: FloatFormat | None) -> Any:
 
 
 def checked_values(transformation: str, updates: Any, params: Any) -> Any:
-    """Returns the numbers of the parameters; raises unless some are stored and gradients with respect to them came."""
+    """Returns the numbers of the parameters; raises unless some are stored and the updates are gradients."""
     if params is None:
         raise ValueError(f"{transformation} needs the parameters: call update(updates, state, params).")
     leaves = jax.tree.leaves(params, is_leaf=lambda x: is_grid_array(x) or _is_masked(x))
-    if not any(map(is_grid_array, leaves)) and not any(map(_is_masked, leaves)):  # As one group of optax.partition may.
+    if not any(map(is_grid_array, leaves)) and not any(map(_is_masked, leaves)):  # A masked group may have none.
         raise ValueError(
             f"{transformation} was given no parameter that is stored on a grid: make some with to_grid(params)."
         )
     if any(map(is_grid_array, flatten_stored(updates)[1])):
         raise ValueError(
-            f"{transformation} takes gradients with respect to from_grid(params), got GridArrays: take them by "
+            f"{transformation} takes gradients with respect to from_grid(params), got GridArrays: take them with "
             "altgrad_jax.value_and_grad, and put optax.MultiSteps and optax.apply_if_finite inside of on_grid."
         )
     floats = from_grid(params, full=True)
@@ -425,12 +426,12 @@ def checked_values(transformation: str, updates: Any, params: Any) -> Any:
 
 
 def checked_params(params: Any) -> Any:
-    """Parameters to initialise a state from: zeros for mere shapes. Raises if a mask has split GridArrays."""
+    """Parameters to initialise a state from: zeros for shapes. Raises if a mask has split GridArrays."""
     for path, leaf in zip(*flatten_stored(params)[:2], strict=True):
         if is_grid_array(leaf) and _is_masked(leaf.index):
             raise ValueError(
-                f"a mask or labels for each part of the GridArray at params{jax.tree_util.keystr(path)}: make the tree "
-                "of masks or labels from from_grid(params), which has one leaf for it."
+                f"got masks or labels for the parts of the GridArray at params{jax.tree_util.keystr(path)}: make the "
+                "tree of masks or labels from from_grid(params), which has one leaf for it."
             )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, params)
 
@@ -452,8 +453,8 @@ def _fraction_bits(format: FloatFormat, fraction_bits: int) -> int:
     most = min(int(math.log2(2**24 / format.max_index)), 23 - format.mantissa_bits)
     if fraction_bits > most:
         raise ValueError(
-            f"an index must not exceed 2**24, which float32 counts to: {format.name} has {format.max_index} numbers "
-            f"and takes up to {most} fraction_bits, got {fraction_bits}."
+            f"an index must not exceed 2**24, up to which float32 is exact: {format.name} has {format.max_index} "
+            f"numbers and takes up to {most} fraction_bits, got {fraction_bits}."
         )
     return int(fraction_bits)
 
@@ -485,7 +486,7 @@ def _exponents(params: Any, scale: Any, grid: FloatFormat) -> Any:
 
 
 def _log2(scale: Any, grid: FloatFormat) -> Any:
-    """Exponents of powers of two, int8; raises unless they are legal, where they are known."""
+    """Exponents of powers of two, int8; raises if they are known and not legal."""
     if isinstance(scale, Tracer):
         return floor_log2(scale.astype(jnp.float32)).astype(jnp.int8)
     mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
@@ -496,7 +497,7 @@ def _log2(scale: Any, grid: FloatFormat) -> Any:
 
 
 def _row_exponent(x: Array, format: FloatFormat, grid: FloatFormat) -> Array:
-    """Per row the least under which it is not full and not far below the largest row, whose one rows of zeros take."""
+    """Per row the least under which it is not full, within `_BELOW` of that of the largest row, which zeros take."""
     rows = row_maximum(magnitude(x), row_shape(x.shape))
     largest = jnp.max(jnp.where(rows < 255 << 23, rows, 0), initial=0)
     largest = jnp.where(largest == 0, np.float32(0.25).view(np.int32), largest)
@@ -515,7 +516,7 @@ def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> Array:
 
 
 def _check_stored(path: tuple, x: Array, index: Array, exponent: Array, grid: FloatFormat, chosen: bool) -> None:
-    """Raises if an element saturated, and names rows that became 0 under exponents chosen here, if all is known."""
+    """Raises if an element saturated and warns of rows that became 0 under default exponents; nothing under jit."""
     if isinstance(x, Tracer) or isinstance(exponent, Tracer):
         return
     scale, name = power_of_two(exponent), f"params{jax.tree_util.keystr(path)}"

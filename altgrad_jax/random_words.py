@@ -1,6 +1,6 @@
 """Random words as a function of seed, step, path and position alone: the same on any sharding and after any restart.
 
-A counter-based generator fuses into the kernel that uses it, where `jax.random.bits` costs ten times the rounding.
+A counter-based generator fuses into the kernel that uses it, but `jax.random.bits` costs ten times the rounding.
 """
 
 import functools
@@ -13,11 +13,11 @@ import numpy as np
 
 
 def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple]) -> jax.Array:
-    """Two words for each of some key paths of a tree, at a step. uint32, `[len(paths), 2]`."""
+    """Two words for each key path, at a step. uint32, `[len(paths), 2]`."""
     # Not Python's hash, which differs from process to process.
     hashes = np.array([zlib.crc32(jax.tree_util.keystr(path).encode()) for path in paths], np.uint32)
     leaf, step = mix(mix(jnp.asarray(seed, jnp.uint32)) ^ hashes), step.astype(jnp.uint32)
-    # All of it in the first word, which is the one that is mixed with the position.
+    # The first word has it all, because it is the one that is mixed with the position.
     return jnp.stack([mix(leaf ^ mix(step)), mix(mix(step + hashes) ^ np.uint32(0x9E3779B9))], axis=1)
 
 
@@ -25,11 +25,11 @@ def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """32 random bits per element, uint32, as a function of two words, uint32 `[2]`, and its position alone.
 
-    Keys, as from `leaf_keys`, that differ in a bit of the second word alone correlate. A ValueError if a dimension, or
-    the product of those behind it, exceeds 2**32.
+    Take keys from `leaf_keys`: keys that differ only in a bit of the second word correlate. A ValueError if a
+    dimension, or the product of those behind it, exceeds 2**32.
     """
     word = key[0]
-    # The key comes first: what all lanes of a vmap share, XLA would write out.
+    # The key comes first: XLA would write out what all lanes of a vmap share.
     for strides in reversed(_strides(shape)):
         for axis, stride in strides:
             word = word + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
@@ -38,7 +38,7 @@ def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def second_word(word: jax.Array) -> jax.Array:
-    """Another word for an element: a bijection of the first; its upper bits, which decide, depend on all bits of it."""
+    """A second word for an element: a bijection of the first. Its upper bits, which count, depend on all bits of it."""
     return word * np.uint32(0x85EBCA6B)
 
 

@@ -21,7 +21,7 @@ def round_nearest(x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
 
     Returns:
         Numbers of the format, float32 (float64 for float64 x), shape `[...]`; NaN for NaN; the sign of a zero is kept.
-        As a cast to the dtype, for formats that are dtypes, but +-max beyond the largest value, also for infinities.
+        As a cast to the dtype, for formats that are dtypes, except +-max beyond the largest value, also for infinities.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -32,7 +32,7 @@ def round_nearest(x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
 
 
 def round_stochastic(key: jax.Array, x: jax.typing.ArrayLike, format: FormatLike) -> jax.Array:
-    """Rounds to one of the two neighbouring numbers of a format at random, such that the mean is x.
+    """Rounds to one of the two neighbouring numbers of a format at random, so that the mean is x.
 
     The probability of the neighbour away from zero is exactly the distance to the other one in steps, for float32 x in
     a format's normal range; below, that is rounded down, by at most 2**-20 steps (2**-27 with 8 bits, 3 of mantissa).
@@ -55,7 +55,7 @@ def round_stochastic(key: jax.Array, x: jax.typing.ArrayLike, format: FormatLike
 
 
 def fake_quantize(x: jax.typing.ArrayLike, format: FormatLike, scale: jax.typing.ArrayLike | None = None) -> jax.Array:
-    """Rounds to the nearest multiple, by a scale, of a number of a format; gradients pass straight through.
+    """Rounds to the nearest number of a scaled format; gradients pass straight through.
 
     Computes `scale * round_nearest(x / scale)`, with derivative 1 where |x / scale| <= max, 0 where it saturates, and
     none with respect to the scale, in forward and reverse mode: the straight-through estimator (Bengio, Leonard,
@@ -89,7 +89,7 @@ def fake_quantize(x: jax.typing.ArrayLike, format: FormatLike, scale: jax.typing
 @compiled
 def _rounded(x: jax.Array, word: jax.Array | None, format: FloatFormat) -> jax.Array:
     """The number of a format that x becomes; NaN and the sign of a zero are those of x."""
-    # Saturate first, as the codec makes NaN of an infinity.
+    # Saturate first, because the codec makes NaN of an infinity.
     index = encode(narrowed(jnp.clip(x, format.min, format.max)), 0, format, word)
     number = jnp.abs(decode(index, 0, format)).astype(x.dtype)
     return jnp.where(jnp.isnan(x), x, jnp.copysign(number, x))

@@ -1,8 +1,8 @@
-"""By which power of two a format is multiplied, and how that follows what is stored under it.
+"""The powers of two by which a format is multiplied, and how they follow the numbers that are stored.
 
-Rows have an exponent each. Where a row was about to go is known from the bits of its largest element before it was
-rounded: in eighths of octaves relative to the top binade of the format, its *level*. A row above the level at which it
-counts as full takes a greater exponent at the next step, a row far below a smaller one.
+Each row has an exponent. The bits of its largest element before rounding give its *level*, in eighths of octaves
+relative to the top binade of the format. A row above the level at which it counts as full takes a greater exponent at
+the next step, a row far below a smaller one.
 """
 
 from collections.abc import Sequence
@@ -19,22 +19,22 @@ from altgrad_jax.formats import FloatFormat, FormatLike, as_format
 
 # The level of a row of zeros, below that of all others. Levels fit int8: 16 octaves up and down.
 EMPTY = -128
-# Instead of an exponent: the row was never other than zero.
+# Instead of an exponent: the row has always been zero.
 UNSET = -128
 
 
 class Rule(NamedTuple):
     """How an exponent follows the level of its row."""
 
-    full: int  # The level from which on a row grows until it is below.
+    full: int  # From this level on, a row grows until it is below.
     empty: int  # The level below which it shrinks.
-    growth: int  # Binades that a row grows by in one step at most.
+    growth: int  # The most binades by which a row grows in one step.
     shrinkage: int  # The same for shrinking.
-    period: int  # Steps between two of which it can shrink.
+    period: int  # A row can shrink once in so many steps.
 
 
 def weight_rule(format: FloatFormat, shrinkage: int = 1) -> Rule:
-    """For weights: full above half of the largest number, empty below a 16th, or by single binades a 7th."""
+    """For weights: full above half of the largest number, empty below a 16th, or a 7th if they shrink by one binade."""
     # A uniform format has no bits to spare: seven eighths and a quarter.
     uniform = format.exponent_bits == 0
     full = _eighths(format) - (1 if uniform else 8)
@@ -42,18 +42,18 @@ def weight_rule(format: FloatFormat, shrinkage: int = 1) -> Rule:
 
 
 def moment_rule(format: FloatFormat) -> Rule:
-    """For averages of gradients, and without a sign of their squares, whose binades are twice as many.
+    """For averages of gradients and, in formats without a sign, of their squares, which span twice as many binades.
 
-    Growth is bounded, so that no element takes its row with it, and shrinking slow, as a row may pause.
+    Growth is bounded, so that one outlier does not erase its row. Shrinking is slow, because a row may pause.
     """
     full, one = _eighths(format) - 8, 1 if format.signed else 2
     return Rule(full, full - 80 * one, 7 * one, 1, 64)
 
 
 def followed(exponent: jax.Array, level: jax.Array, rule: Rule, format: FloatFormat, step: jax.Array) -> jax.Array:
-    """The exponents of the next step, int8: from those of this step and the levels of what rows were about to store.
+    """The exponents of the next step, int8: from those of this step and the levels of the rows.
 
-    Rows of zeros keep theirs. The format is the one that is stored, for its range; the step is uint32, [].
+    Rows of zeros keep theirs. The format is the stored one, whose range bounds the exponents; the step is uint32, [].
     """
     excess = ((level - rule.full) >> 3) + 1
     shrinks = (level < rule.empty) & (level > EMPTY) & (step % rule.period == 0)
@@ -62,7 +62,7 @@ def followed(exponent: jax.Array, level: jax.Array, rule: Rule, format: FloatFor
 
 
 def fitted(magnitude: jax.Array, rule: Rule, format: FloatFormat) -> jax.Array:
-    """The exponents under which rows whose largest elements have these bits are just not full, int32."""
+    """The least exponents under which rows whose largest elements have these bits are not full, int32."""
     excess = (magnitude >> 20) - ((format.maxexp + 126) << 3) - rule.full
     return jnp.clip((excess >> 3) + 1, *exponent_range(format))
 
@@ -70,10 +70,10 @@ def fitted(magnitude: jax.Array, rule: Rule, format: FloatFormat) -> jax.Array:
 def with_level(
     indices: Sequence[tuple[jax.Array, np.dtype]], magnitude: jax.Array, shape: tuple[int, ...], format: FloatFormat
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Casts what a step stores, int32 to the dtypes given, and gives the levels of the rows that it was about to store.
+    """Casts the int32 indices of a step to the given dtypes, and gives the levels of the rows before rounding.
 
-    The levels come from the bits of the magnitudes that elements are about to have in units of their scale, int32, 0
-    for what is not finite, and have the shape of the exponents: 1 in each dimension that shares one.
+    The levels come from the bits of the magnitudes before rounding in units of their scale, int32, 0 where they are not
+    finite. They have the shape of the exponents: 1 in each dimension that shares one.
     """
     arrays, dtypes = zip(*indices, strict=True)
 
@@ -88,13 +88,13 @@ def with_level(
     def wide(magnitude, *indices):
         return cast(indices), level(row_maximum(magnitude, shape))
 
-    # On a CPU it is the fast one.
+    # On a CPU a maximum of int8 is the fast one.
     def narrow(magnitude, *indices):
         return cast(indices), row_maximum(level(magnitude).astype(jnp.int8), shape).astype(jnp.int32)
 
-    # XLA:CPU makes a kernel of each output, with all that came before in each. One word holds them all, the level on
-    # top, so that it is that of the largest word; and a division keeps XLA from making the word again for each. The
-    # compiler behind XLA sees that it divides by 1.
+    # XLA:CPU makes a kernel of each output and repeats all that came before in each. So one word holds all outputs,
+    # with the level on top: the largest word has the largest level. A division keeps XLA from computing the word again
+    # for each output; the compiler behind XLA sees that it divides by 1.
     def packed(magnitude, *indices):
         word, shifts = level(magnitude) << 24, [0, 8 * dtypes[0].itemsize]
         for index, dtype, shift in zip(indices, dtypes, shifts, strict=True):
@@ -108,16 +108,16 @@ def with_level(
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the exponents of an array: one for every row, that is along the last axis.
+    """Shape of the exponents of an array: one for every row along the last axis.
 
-    Rows of fewer than 8 elements merge with the axis before, and no other: stacks of matrices are scanned and mapped.
+    Rows of fewer than 8 elements merge with the axis before and no other, because stacks are scanned and mapped.
     """
     merged = 2 if len(shape) > 1 and shape[-1] < 8 else min(len(shape), 1)
     return shape[: len(shape) - merged] + (1,) * merged
 
 
 def row_maximum(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Largest integers in the rows that share one of the exponents of a shape, and of that shape."""
+    """The largest integer of each row that shares an exponent, in the shape of the exponents."""
     shared = [axis for axis in range(x.ndim) if shape[axis] == 1]
     return jnp.max(x, axis=shared, keepdims=True, initial=jnp.iinfo(x.dtype).min)
 
@@ -134,7 +134,7 @@ def power_of_two_scale(
 
     Args:
         x, format: As in `spacing`.
-        axis: Over which the largest magnitude is taken, kept with size 1. Default: all of them, and a scalar.
+        axis: Axes over which the largest magnitude is taken, kept with size 1. Default: all of them, for a scalar.
 
     Returns:
         Scales, float32 (float64 for float64 x), normal numbers; 1 where x is all zero, NaN where it is not finite.

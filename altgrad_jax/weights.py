@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of Flax, Haiku, Keras and Equinox, for what is added to or multiplied with an activation; and running statistics.
+# Terms and factors of activations in Flax, Haiku, Keras and Equinox, and running statistics.
 _NAMES = ("b", "beta", "bias", "bias_n", "gain", "gamma", "mean", "offset", "scale", "shift", "var")
 _NORM = re.compile(r".*(norm|ln)[_\d]*")
 
 
 def reasons_against(paths: Sequence[tuple], leaves: Sequence[Any]) -> list[str | None]:
-    """Why each leaf is no weight: its dtype, its dimensions, its name, its norm, or a bias of its shape; or None.
+    """Why each leaf is not a weight: its dtype, its dimensions, its name, its norm, or a bias of its shape; or None.
 
     By shape alone the scale of a norm and the bias of a head would be weights as soon as layers are stacked. The name
-    is the last component of the path, whole: `up/scale` is a scale and `upscale/kernel` is not. A `b` beside which no
-    leaf has more dimensions is a matrix, as in LoRA. What lies in a module whose name ends with norm or ln belongs to a
-    norm (`weight` in Equinox), and so does what has a bias of its own shape beside it.
+    is the whole last component of the path: `up/scale` is a scale and `upscale/kernel` is not. A `b` beside which no
+    leaf has more dimensions is a matrix, as in LoRA. A leaf in a module whose name ends with norm or ln belongs to a
+    norm (`weight` in Equinox), and so does a leaf with a bias of its own shape beside it.
     """
     names = [_components(path) for path in paths]
     beside = {}
@@ -44,7 +44,7 @@ def _reason(path: tuple[str, ...], leaf: Any, beside: dict[str, tuple[int, ...]]
 
 
 def _components(path: tuple) -> tuple[str, ...]:
-    """Names on the way to a leaf, those of flattened dictionaries taken apart, and places in brackets."""
+    """Names on the path to a leaf, split where a dictionary was flattened, and indices in brackets."""
     found = [""]
     for key in path:
         parts = getattr(key, "key", getattr(key, "name", None))
