@@ -31,7 +31,7 @@ class CompressedState(NamedTuple):
 
     moment_step: jax.Array  # uint32, []: updates so far, modulo 2**32. It keys the random words.
     exponent: Any  # int8: the exponents that the moments take in the next update; None for other leaves.
-    inner_state: optax.OptState  # That of the inner transformation, its moments GridArrays.
+    inner_state: optax.OptState  # State of the inner transformation, with moments as GridArrays.
 
 
 def compress_state(
@@ -44,27 +44,28 @@ def compress_state(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the moments of an Optax transformation in one byte per element, rounded stochastically.
 
-    A leaf of the inner state is compressed if it lies under a named field of a state, at the path and in the shape of
-    a parameter, is floating and has `min_size` elements. Everything else stays as it is, GridArrays of `on_grid` too.
+    A leaf of the inner state is compressed if it lies under a named field of a state, with the path and the shape of a
+    parameter, is floating and has `min_size` elements or more. Everything else stays as it is, also GridArrays of
+    `on_grid`.
 
-    Moments have 3 mantissa bits; first ones a sign and a range of 2**18 in each row (as in `to_grid`), second ones
-    2**34. The exponent of a row follows its largest element, one step behind and by few binades at once, so that none
-    takes its row with it; a row of zeros takes it from its first gradient. A nonzero second moment never becomes 0, a
-    negative one becomes NaN, and an infinite one saturates.
+    Moments have 3 mantissa bits. First moments have a sign and a range of 2**18 in each row (as in `to_grid`), second
+    moments a range of 2**34. The exponent of a row follows its largest element, one step behind and by few binades at
+    once, so that one outlier does not erase its row; a row of zeros takes it from its first gradient. A nonzero second
+    moment never becomes 0, a negative one becomes NaN, and an infinite one saturates.
 
-    Not for transformations that subtract the square of a first moment from a second (`optax.rmsprop(centered=True)`),
-    nor for the largest of all second moments (`optax.amsgrad`). `nu` of `optax.sm3` is a first moment.
+    Not for transformations that subtract the square of a first moment from a second (`optax.rmsprop(centered=True)`) or
+    keep the largest second moment (`optax.amsgrad`). `nu` of `optax.sm3` is a first moment.
 
     Args:
         inner: The transformation whose state is compressed.
-        first, second: Names of the state fields with moments of either sign, and with nonnegative ones under a root.
-        seed: Of the random words, as in `on_grid`.
-        min_size: Elements that a leaf must have; under `optax.inject_hyperparams` a static argument.
+        first, second: Names of the state fields with moments of either sign, and with nonnegative moments under a root.
+        seed: Seed of the random words, as in `on_grid`.
+        min_size: The fewest elements of a compressed leaf; under `optax.inject_hyperparams` a static argument.
 
     Returns:
         A transformation whose update needs the parameters if the inner one does. With `optax.tree.map_params` give
         `is_leaf=lambda leaf: isinstance(leaf, GridArray)` to map one value, such as a sharding, to a moment. Its init
-        raises a ValueError if a name that is no default, or all of them, are no field with a moment.
+        raises a ValueError if no name, or a name that is not a default, matches no field with a moment.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -117,7 +118,7 @@ def _stored(x, like, exponent, key, step):
     format, unset = like.format, exponent == UNSET
     exponent = jnp.where(unset, exponent_range(format)[0], exponent).astype(jnp.int8)
     x = as_real(x).astype(jnp.float32)
-    # An infinite moment saturates like any large one: of a finite gradient whose square is beyond float32.
+    # An infinite moment saturates like any large one: it may be the square of a finite gradient.
     scaled = jnp.clip(x * power_of_two(-exponent.astype(jnp.int32)), -_LARGEST, _LARGEST)
     reach = jnp.where(jnp.isnan(x), 0, magnitude(scaled))
     if not format.signed:
@@ -131,21 +132,21 @@ def _stored(x, like, exponent, key, step):
 
 
 def _first_exponents(exponents: list, gradients: list, moments: list[GridArray]) -> list:
-    """Exponents of rows that were never other than zero: from their largest gradients, in the step that brings them."""
+    """Exponents of rows that have always been zero, from their largest gradients in the step that brings them."""
     fit = lambda *trees: [_from_gradient(*leaf) for leaf in zip(*trees, moments, strict=True)]  # noqa: E731
     some = jnp.any(jnp.array([jnp.any(exponent == UNSET) for exponent in exponents]))
     return lax.cond(some, fit, lambda exponents, _: exponents, exponents, gradients)
 
 
 def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) -> jax.Array:
-    """A gradient bounds its first average, and its square that of the squares.
+    """The largest gradient bounds the first average of its row, and its square that of the squares.
 
-    What counts is at most 4 binades above the second largest one of the row, so that no element takes its row with it.
+    It counts as at most 4 binades above the second largest one, so that one outlier does not erase its row.
     """
     shared = [axis for axis in range(gradient.ndim) if exponent.shape[axis] == 1]
     finite = lambda x: jnp.where(jnp.abs(x) < jnp.inf, jnp.abs(x), 0)  # noqa: E731
 
-    # A reduction of the gradient itself, as XLA:CPU would write out a function of it.
+    # A reduction of the gradient itself, because XLA:CPU would write out a function of it.
     def two_largest(a, b):
         (a, second), (b, other) = map(finite, a), map(finite, b)
         return jnp.maximum(a, b), jnp.maximum(jnp.minimum(a, b), jnp.maximum(second, other))
@@ -159,7 +160,7 @@ def _from_gradient(exponent: jax.Array, gradient: jax.Array, moment: GridArray) 
 
 
 def _initial(moment: jax.Array, format: FloatFormat) -> tuple[GridArray, jax.Array]:
-    """The moment that an inner transformation starts with, mostly zeros, to nearest; `UNSET` for rows of zeros."""
+    """The initial moment of an inner transformation, mostly zeros, rounded to nearest; `UNSET` for rows of zeros."""
     x = as_real(moment).astype(jnp.float32)
     rows = row_maximum(magnitude(x), row_shape(x.shape))
     exponent = fitted(rows, moment_rule(format), format).astype(jnp.int8)
@@ -169,7 +170,7 @@ def _initial(moment: jax.Array, format: FloatFormat) -> tuple[GridArray, jax.Arr
 
 
 def _moment_names(paths: list, leaves: list, params: Any, known: tuple[str, ...]) -> list[str | None]:
-    """For every leaf of a state the known field under which it lies like a parameter, or None."""
+    """For every leaf of a state, the known field that holds it at the path of a parameter, or None."""
     param_paths, param_leaves, _ = flatten_stored(params)
     at = dict(zip(param_paths, param_leaves, strict=True))
     names = []
@@ -178,8 +179,8 @@ def _moment_names(paths: list, leaves: list, params: Any, known: tuple[str, ...]
         fields = [i for i in fields if jnp.shape(at[path[i + 1 :]]) == jnp.shape(leaf)]
         if fields and is_grid_array(leaf) and leaf.format == at[path[fields[0] + 1 :]].format:
             raise ValueError(
-                "compress_state found moments that are stored as their parameters are: parameters that are stored on "
-                "a grid need on_grid inside of compress_state."
+                "compress_state found moments in the format of their parameters: parameters that are stored on a grid "
+                "need on_grid inside of compress_state."
             )
         names.append(path[fields[0]].name if fields and not is_grid_array(leaf) else None)
     return names
@@ -199,13 +200,13 @@ def _check_found(names: list, paths: list, params: Any, first: tuple[str, ...], 
 
 
 def _gradients(paths: list, updates: Any) -> list[jax.Array]:
-    """The gradient of the parameter at which each moment lies."""
+    """The gradient of the parameter of each moment."""
     at = dict(jax.tree_util.tree_leaves_with_path(updates))
     return [next(at[path[i:]] for i in range(len(path) + 1) if path[i:] in at) for path in paths]
 
 
 def _is_moment(node: Any) -> bool:
-    """Whether a node of a state is a GridArray, or what flax.nnx.Optimizer makes of one: a mapping."""
+    """Whether a node of a state is a GridArray, or the mapping that flax.nnx.Optimizer makes of one."""
     return is_grid_array(node) or (isinstance(node, Mapping) and set(node) == {"index", "exponent"})
 
 

@@ -1,12 +1,12 @@
 """Pure measurements of weights, gradients, moments and movements on a grid: arrays or trees in, scalars out.
 
 Trees are measured as one: a share is a share of all their elements. GridArrays count as the numbers that they stand
-for, fraction bits included, and have a format of their own; `format` is anything that `as_format` accepts, the grid of
-arrays, and their own dtype by default; `scale` is in real units per unit of it. All of it can be jitted, with the
-format static.
+for, fraction bits included, and have their own format. `format`, anything that `as_format` accepts, is the grid of
+arrays, by default their own dtype; `scale` is in real units per unit of it. Everything except `storage` can be jitted,
+with the format static.
 
-`stall_rate` does not rank methods, as most weights stand still at a step under any unbiased rounding;
-`effective_descent_quality` over a window does. `storage` is for people: a table, of shapes alone too.
+`stall_rate` does not rank methods, because most weights stand still in a step under any unbiased rounding;
+`effective_descent_quality` over a window does. `storage` is a table for people, also of shapes.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class UlpDistance(NamedTuple):
     median: jax.Array
     p99: jax.Array
     max: jax.Array
-    zero_share: jax.Array  # Of elements that did not move.
+    zero_share: jax.Array  # Share of elements that did not move.
 
 
 class GridAlignment(NamedTuple):
@@ -44,11 +44,11 @@ class GridAlignment(NamedTuple):
 
 
 class GradientStiffness(NamedTuple):
-    """How gradients go with the spacing of the grid, float32, []."""
+    """How gradients relate to the spacing of the grid, float32, []."""
 
     correlation: jax.Array  # Pearson's, of |gradient| and spacing.
     ratio: jax.Array  # Mean of |gradient| / spacing.
-    below_share: jax.Array  # Of gradients smaller than the spacing.
+    below_share: jax.Array  # Share of gradients smaller than the spacing.
 
 
 class Capacity(NamedTuple):
@@ -60,17 +60,17 @@ class Capacity(NamedTuple):
 
 
 class Freeze(NamedTuple):
-    """When weights on a grid stop to move."""
+    """When weights on a grid stop moving."""
 
     last_move: Any  # int32, shapes of the weights: number of the last step that moves each, from 1; 0 if none does.
     never_share: jax.Array  # float32, []: share of weights that no step moves.
 
 
 def storage(params: Any) -> str:
-    """A table of the leaves of a tree: path, shape, how it is stored, bytes per element, and why it is no GridArray.
+    """A table of the leaves of a tree: path, shape, how it is stored, bytes per element, and why it is not a GridArray.
 
-    The reason is that of the default of `to_grid`; a weight that is no GridArray is "left out". Leaves may be shapes.
-    What is no array counts no bytes.
+    The reason is that of the default of `to_grid`; a weight that is not a GridArray is "left out". Leaves may be
+    shapes. A leaf that is not an array counts no bytes.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -97,10 +97,10 @@ def storage(params: Any) -> str:
 
 
 def stall_rate(update: Any, before: Any, after: Any) -> jax.Array:
-    """Share of elements that stay where they are among those that were to move: 1 - `flip_rate`.
+    """Share of elements that keep their number, among those with a nonzero update: 1 - `flip_rate`.
 
     Args:
-        update: The movement that was intended, a tree of real arrays: what the optimizer made before rounding.
+        update: The intended movement, a tree of real arrays: what the optimizer made before rounding.
         before, after: Weights, or a state of moments, before and after the step: trees of arrays or GridArrays.
             Integer leaves, such as counters, are left out.
 
@@ -116,7 +116,7 @@ def stall_rate(update: Any, before: Any, after: Any) -> jax.Array:
 
 
 def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
-    """Share of elements that became another number among those that were to move; arguments as in `stall_rate`.
+    """Share of elements that change their number, among those with a nonzero update; arguments as in `stall_rate`.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -127,7 +127,7 @@ def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
 
 
 def ulp_distance(before: Any, after: Any, format: FormatLike | None = None) -> UlpDistance:
-    """Statistics of |after - before| / spacing(before), of trees of arrays or GridArrays, without fraction bits.
+    """Statistics of |after - before| / spacing(before), of trees; fraction bits do not change the spacing.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -165,7 +165,7 @@ def grid_alignment(x: Any, format: FormatLike, scale: ArrayLike = 1.0) -> GridAl
 def gradient_stiffness(gradients: Any, params: Any, format: FormatLike | None = None) -> GradientStiffness:
     """Correlation, ratio and order of gradients and the spacing of the grid at their weights, weights at 0 left out.
 
-    The correlation is NaN where either does not vary.
+    The correlation is NaN if either is constant.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -199,7 +199,7 @@ def saturation_share(x: Any, format: FormatLike | None = None, scale: ArrayLike 
 
 
 def subnormal_share(x: Any, format: FormatLike | None = None, scale: ArrayLike = 1.0) -> jax.Array:
-    """Share of elements, zero aside, below the smallest normal number; all of them in a uniform format.
+    """Share of elements that are nonzero and below the smallest normal number; a uniform format has no normal ones.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -218,7 +218,7 @@ def subnormal_share(x: Any, format: FormatLike | None = None, scale: ArrayLike =
 def capacity(x: Any, format: FormatLike | None = None, scale: ArrayLike = 1.0) -> Capacity:
     """How many numbers of one format a tree uses, and the entropy of their distribution.
 
-    Arrays are rounded to nearest; of GridArrays fraction bits are ignored.
+    Arrays are rounded to nearest; fraction bits of GridArrays are ignored.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -255,7 +255,7 @@ def stable_rank(x: jax.Array) -> jax.Array:
 
 
 def effective_rank(x: jax.Array) -> jax.Array:
-    """Exponential of the entropy of the singular values of matrices `[..., m, n]`, which sum to 1; float32 `[...]`.
+    """Exponential of the entropy of the singular values, scaled to sum 1, of matrices `[..., m, n]`; float32 `[...]`.
 
     Roy, Vetterli (2007), The effective rank: a measure of effective dimensionality.
 
@@ -286,9 +286,9 @@ def variance_rank(x: jax.Array, share: float = 0.99) -> jax.Array:
 def effective_descent_quality(intended: Any, before: Any, after: Any) -> jax.Array:
     """Projection of the realised movement on the intended one, over the length of the intended one; float32, [].
 
-    1 where the weights moved as intended, 0 where they did not move or moved across, NaN if nothing was intended. For
-    windows of steps, `intended` being the sum of the updates that the optimizer meant: an error that is carried from
-    step to step is no intention. Collage (arXiv 2405.03637) has it times the length of `intended`.
+    1 if the weights moved as intended, 0 if they did not move or moved at right angles, NaN if nothing was intended.
+    For windows of steps, where `intended` is the sum of the updates of the optimizer, without errors that are carried
+    from step to step. Collage (arXiv 2405.03637) multiplies it by the length of `intended`.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -300,10 +300,10 @@ def effective_descent_quality(intended: Any, before: Any, after: Any) -> jax.Arr
 
 
 def predict_freeze(trace: Any, format: FormatLike, *, scale: Any = 1.0, fraction_bits: int = 0) -> Freeze:
-    """From a float32 trajectory, when weights that are rounded to nearest on a grid would stop to move.
+    """Predicts from a float32 trajectory when weights that are rounded to nearest on a grid would stop moving.
 
-    A weight takes the steps of the trajectory, but rounds to nearest after each and remembers nothing. Where freezing
-    costs much loss gradients grow, and fewer weights freeze (in `examples/format_study` by a share of up to 0.10).
+    A weight takes the steps of the trajectory, but rounds to nearest after each and remembers nothing. If freezing
+    costs much loss, gradients grow and fewer weights freeze (in `examples/format_study` by a share of up to 0.10).
 
     Args:
         trace: A tree of real arrays `[steps + 1, ...]`: the weights before the first step and after each.
@@ -344,7 +344,7 @@ def _real(x: Any, full: bool = True) -> jax.Array:
 
 
 def _grid(x: Any, format: FormatLike | None, scale: ArrayLike = 1.0) -> tuple[FloatFormat, ArrayLike]:
-    """The format and the scale of a GridArray, or of an array on the grid that was given."""
+    """The format and the scale: those of a GridArray, or the given ones of an array."""
     if is_grid_array(x):
         if format is not None:
             raise ValueError(f"GridArrays have a format of their own, {x.format.name}, and exclude format={format}.")
@@ -364,13 +364,13 @@ def _joined(f: Any, *trees: Any) -> jax.Array:
 
 
 def _share_of_meant(counts: Any, update: Any, before: Any, after: Any) -> jax.Array:
-    """Share of elements that count among those that were to move."""
+    """Share of elements that count, among those with a nonzero update."""
     meant, before, after = (_joined(_real, _real_leaves(tree)) for tree in (update, before, after))
     return jnp.sum((meant != 0) & counts(before, after)) / jnp.sum(meant != 0)
 
 
 def _entropy(p: jax.Array) -> jax.Array:
-    """In nats, of shares `[..., n]`."""
+    """Entropy in nats of shares `[..., n]`."""
     return -jnp.sum(jnp.where(p == 0, 0, p * jnp.log(jnp.where(p == 0, 1, p))), axis=-1)
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from altgrad_jax._floats import as_real, varying_like
 
-# Squares of normal numbers are hardly ever so many times their mean.
+# Squares of normally distributed numbers are hardly ever so many times their mean.
 _FEW = 32.0
 
 
@@ -21,7 +21,7 @@ class FactoredState(NamedTuple):
 
     count: ArrayLike  # int32, []: updates so far.
     row: Any  # Mean square of each row, float32, the shapes of the parameters with 1 in place of the columns.
-    column: Any  # The same of each column.
+    column: Any  # The same for each column.
 
 
 def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransformation:
@@ -29,24 +29,24 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
 
     For matrices without large outliers it is `optax.scale_by_factored_rms` (Shazeer, Stern 2018, arXiv 1804.04235) with
     `epsilon=eps**2` and the decay rates of a mean with a bias correction. A leaf of more dimensions is a stack of
-    matrices, as `matrix_axes` says; with fewer than two every element has its own second moment.
+    matrices (see `matrix_axes`); with fewer than two, every element has its own second moment.
 
     A square raises the means of its row and of its column by at most a quarter, unless it is below `1 / (1 - b2)` times
-    that of its matrix, or 32 times the second moment that these three make. Unbounded, one gradient of 1e6 times the
-    others, in step 5, multiplies all other updates of a 64 x 128 leaf by 4,500, and the means remember it; of matrices
-    that grow for good, or rows that start late, all squares together raise a mean at once. In the first gradient of a
-    matrix four times geometric means take the place of the means; there one element of 1e6 still multiplies the others
-    by 1.6 in a matrix of 16 x 16, for ten steps. Squares count up to 2**100, and NaN as the bound.
+    that of its matrix, or 32 times the second moment that these three give. Without the bound, one gradient of 1e6
+    times the others, in step 5, multiplies all other updates of a 64 x 128 leaf by 4,500, and the means remember it. In
+    matrices that grow for good and rows that start late, all squares together still raise a mean at once. In the first
+    gradient of a matrix, four times the geometric means replace the means; there one element of 1e6 still multiplies
+    the others by 1.6 in a matrix of 16 x 16, for ten steps. Squares count up to 2**100, and NaN counts as the bound.
 
-    Around it the chain is that of AdamW: weight decay and learning rate follow, and a momentum comes last.
+    As in AdamW, weight decay and learning rate follow it in a chain; a momentum comes last.
 
     Args:
         b2: Decay rate, in [0, 1).
-        eps: Its square is added to the means, >= 0; if that is less, the smallest normal float32 number.
+        eps: >= 0. Its square is added to the means, or the smallest normal float32 number if that is larger.
 
     Returns:
-        A transformation whose updates are at most `(1 - b2)**-0.5`, as under Adam, or 5.7, whichever is more: of an
-        infinite gradient too, and NaN of NaN. Its means are float32 for gradients and parameters of up to 32 bits.
+        A transformation whose updates are at most `(1 - b2)**-0.5`, as under Adam, or 5.7, whichever is more, also
+        for an infinite gradient; NaN gives NaN. Its means are float32 for gradients and parameters of up to 32 bits.
     """
 
     def init(params):
@@ -68,11 +68,11 @@ def scale_by_factored_rms(b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransf
 
 
 def matrix_axes(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Which axes of a leaf are the rows and the columns of matrices, of which it is a stack: the two longest.
+    """Which axes of a leaf are the rows and the columns of its matrices: the two longest.
 
-    The first of three or more axes is that of a stack, and is left out, unless it is half as long as all others
-    together or these have no two of 4 or more: `[layers, n, m]` is a stack, and kernels are `[d, heads, size]`, `[d, 3,
-    d]` and `[c, k, 3, 3]`.
+    The first of three or more axes stacks matrices and is left out, unless its length is half the product of the others
+    or more, or fewer than two of the others are 4 or longer: `[layers, n, m]` is a stack, and kernels are
+    `[d, heads, size]`, `[d, 3, d]` and `[c, k, 3, 3]`.
     """
     rest = shape[1:]
     stack = len(shape) > 2 and 2 * shape[0] < math.prod(rest) and sorted(rest)[-2] >= 4
@@ -81,7 +81,7 @@ def matrix_axes(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _averaged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Over which axes the means of rows and of columns go."""
+    """Which axes the means of rows and of columns average over."""
     if len(shape) < 2:
         return (), tuple(range(len(shape)))
     row, column = matrix_axes(shape)
@@ -90,13 +90,13 @@ def _averaged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 @functools.partial(jax.jit, static_argnums=1)
 def _zero_means(p: Array, axes: tuple[int, ...]) -> Array:
-    """Of the sharding that means of p have; XLA makes no array of the shape of p."""
+    """Zeros in the sharding of the means of p; XLA makes no array of the shape of p."""
     return jnp.sum(jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), axis=axes, keepdims=True)
 
 
 @jax.jit
 def _scaled(rate, eps, gradient, row, column):
-    """Update of a leaf, and its means, of bounded squares."""
+    """The update of a leaf, and its means of bounded squares."""
     if not gradient.size:
         return gradient, row, column
     g, rate = as_real(gradient).astype(row.dtype), jnp.asarray(rate).astype(row.dtype)
@@ -109,15 +109,15 @@ def _scaled(rate, eps, gradient, row, column):
     eps = jnp.maximum(jnp.square(eps), jnp.finfo(jnp.float32).tiny).astype(row.dtype)
     update = g * (jnp.sqrt(_mean(row, over_rows) + eps) * lax.rsqrt(row + eps)) * lax.rsqrt(column + eps)
     largest = jnp.sqrt(jnp.maximum(1 / share, _FEW))
-    # Not jnp.clip, with which XLA:CPU loses NaN where nothing but a reduction reads the update.
+    # Not jnp.clip: with it XLA:CPU loses NaN where only a reduction reads the update.
     return lax.clamp(-largest, update, largest), row, column
 
 
 def _bound(share: Array, g: Array, row: Array, column: Array) -> Array:
-    """How much a square counts at most. The share is that of a new square in the mean of one element."""
+    """The bound of each square. The share is that of a new square in the mean of one element."""
     over_columns, over_rows = _averaged(g.shape)
     row, column, whole = _before(g, (row, column, _mean(row, over_rows)))
-    # In a mean of many elements each has so much less.
+    # In a mean over n elements each has 1 / n of that share.
     quarter = lambda axes: jnp.maximum(math.prod(g.shape[axis] for axis in axes) / 4 / share, _FEW)  # noqa: E731
     bound = jnp.minimum(quarter(over_columns) * row, quarter(over_rows) * column)
     bound = jnp.maximum(bound, jnp.maximum(1 / share, _FEW) * whole)
@@ -126,16 +126,16 @@ def _bound(share: Array, g: Array, row: Array, column: Array) -> Array:
 
 
 def _before(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The means of rows, columns and matrices that bound a square; in the first gradient of a matrix, its own."""
+    """The means of rows, columns and matrices that bound a square; for the first gradient of a matrix, its own."""
     return lax.cond(jnp.all(means[2] > 0), lambda g, means: means, _first, g, varying_like(means, g))
 
 
 def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Four times geometric means, of matrices that were never other than zero: no element counts for much.
+    """Four times the geometric means, for matrices that have always been zero: no single element counts for much.
 
-    Of the squares in rows, columns and matrices that are finite and not zero; of normal numbers about their mean.
+    The means are over the finite, nonzero squares; for normally distributed numbers the result is about their mean.
     """
-    # Cast here, as the operand of a conditional is written out: in float32 it may have twice the bytes of the gradient.
+    # Cast here, because the operand of a conditional is written out: float32 may be twice the bytes of the gradient.
     size = jnp.abs(as_real(g).astype(means[0].dtype))
     counts = (size > 0) & (size < jnp.inf)
     terms = jnp.where(counts, jnp.log(size), 0), counts.astype(size.dtype)

@@ -1,4 +1,4 @@
-"""What Flax needs to know of a GridArray: import this module to store and restore them, and for models of Flax nnx.
+"""GridArrays in Flax: import this module to store and restore them, and for models of Flax nnx.
 
 `flax.serialization` restores a GridArray into one of the same format, fraction bits, shape and dtype; another target is
 refused. `altgrad_jax.value_and_grad` of a function of `nnx` models differentiates with respect to their `nnx.Param`s,
@@ -34,9 +34,7 @@ def _to_state_dict(param: GridArray) -> dict[str, Any]:
 
 def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
     if not isinstance(state, dict) or "exponent" not in state:
-        raise ValueError(
-            "what is stored is no GridArray: restore it into an array; parameters then become one by to_grid."
-        )
+        raise ValueError("the stored object is not a GridArray: restore it into an array and store that with to_grid.")
     for field, wanted in _described(target).items():
         if state[field] != wanted:
             raise ValueError(

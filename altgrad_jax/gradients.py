@@ -25,10 +25,10 @@ from altgrad_jax.grid_array import GridArray, is_grid_array, map_stored
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class _Differentiable(GridArray):
-    """A GridArray whose numbers have a gradient, that of `slot`: zeros of the gradient's dtype, which nothing adds."""
+    """A GridArray whose numbers have the gradient of `slot`: zeros in the gradient's dtype that are never added."""
 
     slot: Any = None  # [...], of the dtype of the gradient.
-    # Of the calls of value_and_grad that differentiate it, the innermost last: the depth of each, and its dtype.
+    # The depth and the dtype of each call of value_and_grad that differentiates it, the innermost last.
     levels: tuple[tuple[int, Any], ...] = ()
 
     def value(self, dtype: DTypeLike | None = None, *, full: bool = False) -> Array:
@@ -51,7 +51,7 @@ class _Differentiable(GridArray):
 
 @dataclasses.dataclass(frozen=True)
 class _Decoding:
-    """What is known of a GridArray and its gradient without their numbers."""
+    """The static part of a GridArray and its gradient."""
 
     format: FloatFormat
     fraction_bits: int
@@ -60,7 +60,7 @@ class _Decoding:
     gradient: jnp.dtype
 
 
-# Not a custom_jvp, whose rule jax 0.10 loses where a scan is evaluated in part: the penalty of a gradient would have 0.
+# Not a custom_jvp: jax 0.10 loses its rule in the partial evaluation of a scan, and gradient penalties get gradient 0.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _numbers(decoding: _Decoding, index: Array, exponent: Array, slot: Array) -> Array:
     del slot
@@ -78,7 +78,7 @@ def _backward(decoding, _, gradient):
 _numbers.defvjp(_forward, _backward)
 
 
-# A value_and_grad for functions of models that change while they compute, by their type: `flax_support` enters one.
+# A value_and_grad for each type of model that changes while its function runs: `flax_support` enters one.
 STATEFUL: dict[type, Callable[..., Callable]] = {}
 
 
@@ -88,19 +88,19 @@ def value_and_grad(
     """`jax.value_and_grad` for arguments that hold GridArrays, each with the gradient of its numbers.
 
     The function gets GridArrays and decodes them where it uses them: by `x @ kernel`, a Flax layer, `value(dtype)`, or
-    `from_grid(layer)` inside of a `lax.scan` over layers. So no decoded weight lives longer than its use. What maps
-    over leaves sees integers, without an error: the penalty of all weights is one of `from_grid(params)`. Import
-    `altgrad_jax.flax_support` for models of Flax nnx, whose other variables come back as from `nnx.value_and_grad`.
+    `from_grid(layer)` inside of a `lax.scan` over layers. So no decoded weight lives longer than its use. Functions
+    that map over leaves see integers, without an error: take a penalty on all weights from `from_grid(params)`. Import
+    `altgrad_jax.flax_support` for models of Flax nnx; their other variables are updated as by `nnx.value_and_grad`.
 
     Args:
         fun, argnums, has_aux: As in `jax.value_and_grad`.
-        dtype: Of the gradients of GridArrays; None for the dtype of each. They are summed in it where an array is used
-            twice.
+        dtype: Dtype of the gradients of GridArrays; None for the dtype of each. If an array is used twice, its
+            gradients are summed in it.
 
     Returns:
-        A function of the same arguments, to the value and the gradients, in the structure of `from_grid` of the
-        arguments. Rounding has a gradient of 1. A TypeError if `fp8()` is called inside, through which none goes; and
-        if dtype is not floating.
+        A function of the same arguments that gives the value and the gradients, in the structure of `from_grid` of the
+        arguments. Rounding has a derivative of 1. A TypeError if dtype is not floating, or if the function calls
+        `fp8()`, through which no gradient goes.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp
@@ -111,7 +111,7 @@ def value_and_grad(
          {'bias': Array([3., 3.], dtype=float32), 'kernel': Array([[3, 3]], dtype=bfloat16)})
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a floating dtype, in which gradients can be, got {dtype}.")
+        raise TypeError(f"dtype must be a floating dtype, because it is that of gradients, got {dtype}.")
 
     @functools.wraps(fun)
     def value_and_gradients(*args, **kwargs):
@@ -134,7 +134,7 @@ def value_and_grad(
 
 
 class _Depth(threading.local):
-    """How many calls of value_and_grad compute their functions."""
+    """How many calls of value_and_grad are computing their functions."""
 
     now = 0
 
@@ -153,7 +153,7 @@ def deeper() -> Iterator[int]:
 
 
 def places(argnums: int | Sequence[int], args: Sequence[Any]) -> tuple[bool, list[int]]:
-    """Whether one argument was chosen, and the places of all that were, from 0 on."""
+    """Whether argnums is a single number, and the chosen places, counted from 0."""
     one = not isinstance(argnums, Sequence)
     chosen = [operator.index(i) for i in ([argnums] if one else argnums)]
     if not all(-len(args) <= i < len(args) for i in chosen):

@@ -1,4 +1,4 @@
-"""Updates that are whole numbers of grid steps from the start: the part of AltGrad's GridOptim that is its own."""
+"""Updates in whole grid steps from the start: what is special about AltGrad's GridOptim."""
 
 import dataclasses
 from typing import NamedTuple
@@ -28,16 +28,16 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
     the next stored position. The mean of the rounded steps is the update, up to the bound. An update of 0 moves
     nothing; one that is not finite makes its element NaN. AltGrad's GridOptim is biased upwards and sends NaN to max.
 
-    Belongs at the end of a chain, in place of `on_grid`: the learning rate says how many steps a unit of the updates
-    is. Parameters that are no GridArrays take their updates as they are; without any GridArray it is a ValueError.
+    Belongs at the end of a chain, in place of `on_grid`: the learning rate is the number of steps per unit of the
+    updates. Parameters that are not GridArrays take their updates as they are; without any GridArray a ValueError.
 
     Args:
         max_steps: Bound of the steps of one update, in [1, 2**20].
-        seed: Of the random words; they depend on it, the step, the path of the leaf and the place of the element alone.
+        seed: Seed of the random words, which depend only on it, the step, the path of the leaf and the position in it.
 
     Returns:
         A transformation that needs the parameters. It takes real updates, of the shapes of `from_grid(params)`, and
-        gives what `optax.apply_updates` adds to params. The largest number is not passed: scales stay as they are.
+        gives what `optax.apply_updates` adds to params. Weights stop at the largest number: scales stay as they are.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp, optax
@@ -81,7 +81,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def whole_steps(max_steps: int) -> FloatFormat:
-    """The integers up to a largest one, as a format: rounding to it makes numbers of steps."""
+    """The integers up to `max_steps` as a format: rounding to it makes whole steps."""
     width = max_steps.bit_length()
     return FloatFormat("whole steps", exponent_bits=0, mantissa_bits=width, bias=-width, max=float(max_steps))
 

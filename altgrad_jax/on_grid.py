@@ -28,7 +28,7 @@ from altgrad_jax.grid_array import (
 from altgrad_jax.random_words import leaf_keys, random_words, second_word
 from altgrad_jax.scales import followed, weight_rule, with_level
 
-# By so many binades the numbers of a momentum are below those of its weights: moves of a 16th of a row still fit.
+# How many binades the numbers of a momentum lie below those of its weights: moves of a 16th of a row still fit.
 _BELOW = 5
 
 
@@ -50,26 +50,27 @@ def on_grid(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains parameters that are stored on a grid with any Optax transformation.
 
-    Its updates become whole steps, which `optax.apply_updates` adds exactly. Belongs at the end of a chain: what
-    follows it, except `track_ulp_position`, would scale whole steps. `optax.apply_if_finite` and `optax.MultiSteps`
-    belong inside; a momentum goes on to move the weights on the steps that `MultiSteps` skips. In `optax.partition`
-    stored weights that stay frozen take `on_grid(optax.set_to_zero())`.
+    Its updates become whole steps, which `optax.apply_updates` adds exactly. Belongs at the end of a chain:
+    anything after it, except `track_ulp_position`, would scale whole steps. `optax.apply_if_finite` and
+    `optax.MultiSteps` belong inside; a momentum also moves the weights in the steps that `MultiSteps` skips. In
+    `optax.partition`, stored weights that stay frozen need `on_grid(optax.set_to_zero())`.
 
     Args:
         inner: The transformation whose updates are stored, learning rate and weight decay included.
         rounding: "stochastic", or "nearest", under which a weight stands still while its updates are below half of its
-            step: at a learning rate of 1e-5 most weights, in two bytes too.
-        momentum: Decay rate, in (0, 1), of a momentum in one byte per weight, which carries what rounding loses: the
-            recurrence of `moved`. What is at most a step from where it is bound for goes there, to nearest. All
-            parameters have it, so that `inner` must have none.
-        seed: Of the random words, a function of seed, step, path of the leaf and position of the element: the same on
-            any sharding and after any restart, and in all lanes of `jax.vmap` and `jax.shard_map` if it is not mapped.
+            step: at a learning rate of 1e-5 most weights, also in two bytes.
+        momentum: Decay rate, in (0, 1), of a momentum in one byte per weight, which carries the error of the rounding
+            (see `moved`). A weight at most a step from its target is rounded to nearest. All parameters have the
+            momentum, so `inner` must have none.
+        seed: Seed of the random words, a function of seed, step, path of the leaf and position of the element: they
+            are the same on any sharding and after any restart, and in all lanes of `jax.vmap` and `jax.shard_map` if
+            the seed is not mapped.
 
     Returns:
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters. The
         inner one gets the extra argument `grid_scale`, a tree like params, 1 for leaves that are not stored. The
-        exponent of a row follows its largest element, one step behind (without a momentum two, and down by single
-        binades); until then the row saturates. A movement that is not finite, or 2**128 times the scale, makes its
+        exponent of a row follows its largest element, one step behind (without a momentum two, and down by one binade
+        at a time); until then the row saturates. A movement that is not finite, or 2**128 times the scale, makes its
         element NaN. A ValueError if nothing is stored, or if `value_fn` of a line search or `grid_scale` is given.
 
     Example:
@@ -100,7 +101,7 @@ def on_grid(
             inner_state = inner.init(from_grid(params, full=True))
         except ValueError as error:
             if "GridArray" in str(error):
-                error.add_note("What is inside of on_grid sees from_grid(params): make its masks and labels from that.")
+                error.add_note("on_grid gives from_grid(params) to what is inside: make masks and labels from that.")
             raise
         return OnGridState(jnp.uint32(0), exponent, carried, inner_state)
 
@@ -122,7 +123,7 @@ def on_grid(
 
 
 def momentum_format(format: FloatFormat) -> FloatFormat | None:
-    """The format of the momentum of weights: E3M4, 1/32 of their range; None where no exponent can follow, bfloat16."""
+    """The format of the momentum of weights: E3M4, 1/32 of their range; None for bfloat16: its exponents are fixed."""
     if len(set(exponent_range(format))) == 1:
         return None
     top = format.maxexp - 1 - _BELOW
@@ -137,27 +138,27 @@ def moved(
         M <- b_t M + (1 - b_t) u;  owed = M + M / gain;  target = w + owed if that is at most a step, else w + M;
         w' = round(target);  M <- M + gain (w + M - w')
 
-    with `b_t = b (1 - b**(t - 1)) / (1 - b**t)`, under which M is an average without a bias. M / gain is the sum of the
-    moves that M will make after this one: no rounding changes `w + M / gain`, which gains exactly u as soon as b_t is b
-    and the gain 1 / b - 1. So an element that owes at most a step goes to the nearest number of where it is bound for,
-    and rests there, half a step from it at most. One that owes more, by its momentum, is rounded stochastically.
+    with `b_t = b (1 - b**(t - 1)) / (1 - b**t)`, which makes M an average without a bias. M / gain is the sum of the
+    moves that M will make after this one. No rounding changes `w + M / gain`, which gains exactly u as soon as b_t is b
+    and the gain is 1 / b - 1. So an element that owes at most a step goes to the number nearest to its target and rests
+    there, at most half a step away. One that owes more moves by its momentum and is rounded stochastically.
 
     Weights w, updates u, momentum M and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`; b_t and
     the gain are scalars; `rounded` takes targets and whether to round them to nearest. Returns targets, and the
     momentum before and after it carries the error.
     """
     move = b * m + (1 - b) * u
-    # A division, as a product would cost TPUs a kernel more beside 8-bit second moments: 17 bytes instead of 8.
+    # A division, because on a TPU a product would take one more kernel beside 8-bit second moments: 17 bytes, not 8.
     owed = move + move / gain
     near = jnp.abs(owed) <= ulp
     target = w + jnp.where(near, owed, move)
-    # Of the movement, as the sum has lost what is below its own float32 ULP.
+    # Error of the movement, because the sum has lost what is below its own float32 ULP.
     error = move - (rounded(target, near) - w)
     return target, move, move + gain * error
 
 
 def _rates(b: jax.typing.ArrayLike, steps: Array) -> tuple[Array, Array]:
-    """b_t and the gain of the next step, after so many steps."""
+    """b_t and the gain of the next step, after a number of steps."""
     b, t = jnp.asarray(b, jnp.float32), steps.astype(jnp.float32) + 1
     # 1 / gain is the sum of b**k (1 - b**t) / (1 - b**(t + k)) over k > 0: here as an integral, within 2 %.
     x = b ** (t + 0.5)
@@ -179,7 +180,7 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
     before, u = _in_units(param, u, exponent)
     word, stored = random_words(key, param.shape), is_grid_array(carried)
     m = carried
-    if stored:  # Bounded where the two exponents have nothing to do with each other.
+    if stored:  # Bounded, because the two exponents may be unrelated.
         change = jnp.clip(carried.exponent.astype(jnp.int32) - exponent.astype(jnp.int32), -126, 90)
         m = decode(carried.index, 0, carried.format) * power_of_two(change)
     index = jnp.zeros(param.shape, jnp.int32)
@@ -197,7 +198,7 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
         indices += [(encode(m, 0, carried.format, second_word(word)), carried.index.dtype)]
     (index, *kept), level = with_level(indices, reach, exponent.shape, param.format)
     m = dataclasses.replace(carried, index=kept[0], exponent=exponent) if stored else m
-    # No further than that the momentum, whose numbers end so far below those of its weights, holds a step of theirs.
+    # At most so far that the momentum, whose numbers end `_BELOW` binades lower, still holds a step of its weights.
     shrinkage = max(1, param.grid.maxexp - 1 - param.grid.minexp + param.grid.mantissa_bits - _BELOW)
     return *_update(param, index, exponent, level, shrinkage), m
 
@@ -206,27 +207,27 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
 def _without_momentum(param, u, exponent, key):
     before, u = _in_units(param, u, exponent)
     index = encode(before + u, 0, param.grid, None if key is None else random_words(key, param.shape))
-    # Of what is stored, not of what is about to be: on a TPU a maximum of the latter beside float32 moments takes a
+    # From the stored numbers, not the new ones: on a TPU a maximum of the new ones beside float32 moments takes a
     # second kernel, 31 bytes per weight instead of 22. A row that saturates grows by two binades per step.
     saturated = jnp.abs(param.index.astype(jnp.int32)) == param.grid.max_index
     reach = magnitude(before) + jnp.where(saturated, 2 << 23, 0)
     reach = jnp.where(jnp.isfinite(before), reach, 0)
     (index,), level = with_level([(index, param.index.dtype)], reach, exponent.shape, param.format)
-    # By single binades: a row that leaves zero doubles with its second movement, and would saturate.
+    # By one binade at a time: a row that leaves zero doubles with its second movement, and would saturate.
     return _update(param, index, exponent, level, shrinkage=1)
 
 
 def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array]:
     """Weights and updates in units of the scales of this step, float32.
 
-    In these a step has constants alone: a TPU kernel takes few operands, and every scale of a row is one.
+    In these units a step has only constants: a TPU kernel takes few operands, and every scale per row is one.
     """
     unit = power_of_two(-exponent.astype(jnp.int32))
     return param.value(jnp.float32, full=True) * unit, as_real(u).astype(jnp.float32) * unit
 
 
 def _update(param: GridArray, index: Array, exponent: Array, level: Array, shrinkage: int) -> tuple[GridArray, Array]:
-    """What `optax.apply_updates` adds to a GridArray, and the exponents of the step after."""
+    """What `optax.apply_updates` adds to a GridArray, and the exponents of the next step."""
     # In the dtype of the index, modulo its range: through int32 the sum would take a kernel of its own on TPUs.
     update = dataclasses.replace(param, index=index - param.index, exponent=exponent - param.exponent)
     return update, followed(exponent, level, weight_rule(param.format, shrinkage), param.grid, jnp.uint32(0))

@@ -44,8 +44,8 @@ def manifold_adamw(
         learning_rate: A number >= 0 or a schedule.
         b1, b2: Decay rates of the first and the second moment, in [0, 1).
         eps: Added to the root of the second moment, >= 0. It competes with gradients times stiffness: for a fine grid,
-            such as that of a 16-bit format, choose it as much smaller as the spacing is. float16 parameters need 1e-4
-            or more: in float16 the default is 0, and Optax's Adam divides by it.
+            such as that of a 16-bit format, reduce it in proportion to the spacing. float16 parameters need 1e-4 or
+            more: in float16 the default is 0, and Optax's Adam divides by it.
         weight_decay: Decoupled (Loshchilov, Hutter 2019, arXiv 1711.05101), >= 0, multiplied by the learning rate.
         manifold_aware: False makes it plain AdamW with the same tracker; the stiffness's arguments are only checked.
         mantissa_bits, max_stiffness, zero_stiffness: As in `stiffness_precondition`, with the same defaults.
@@ -91,22 +91,22 @@ def grid_adamw(
     """AdamW for parameters stored on a grid, without a float32 copy: one byte of state per weight, the momentum.
 
     It is `on_grid(chain(second moment, add_decayed_weights, scale_by_learning_rate), momentum=b1)`: AdamW with
-    the momentum behind the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
-    2002.04839), the weight decay and the learning rate, where it carries what rounding loses. Give
-    `optax.inject_hyperparams` a `hyperparam_dtype=jnp.float32`: in that of the first leaf 0.999 may be 0 or 1.
+    the momentum after the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
+    2002.04839), the weight decay and the learning rate, where it carries the error of the rounding. Give
+    `optax.inject_hyperparams` `hyperparam_dtype=jnp.float32`: in the dtype of the first leaf 0.999 may be 0 or 1.
 
     Args:
         learning_rate, weight_decay, mask: As in `manifold_adamw`.
-        b1: Decay rate of the momentum, in [0, 1). 0 keeps none, and its byte: for weights with fraction bits.
+        b1: Decay rate of the momentum, in [0, 1). 0 leaves it out, and its byte: for weights with fraction bits.
         b2: Decay rate of the second moment, in [0, 1).
         eps: Added to the root of the second moment, >= 0; its square to the means of a factored one.
         second_moment: "factored" keeps the means of the squares over rows and over columns (Adafactor: Shazeer, Stern
-            2018, arXiv 1804.04235), float32: of a kernel `[n, m]` n + m numbers, of a stack as many for each of its
-            matrices, of a leaf with fewer dimensions every square. Both are bounded: a gradient that is far larger than
-            all others, an infinite one too, leaves other rows and columns as they are, and an update is at most
+            2018, arXiv 1804.04235), float32: n + m numbers for a kernel `[n, m]`, as many for each matrix of a stack,
+            every square for a leaf with fewer dimensions. Squares and updates are bounded: a gradient far larger than
+            all others, even an infinite one, leaves other rows and columns as they are, and an update is at most
             1 / sqrt(1 - b2) learning rates, as under Adam, or 5.7. Sums over a sharded axis differ in their last bits.
-            "8bit" has a byte per weight, by `compress_state`, and "float32" four.
-        seed: Of the random words, as in `on_grid`.
+            "8bit" takes a byte per weight, by `compress_state`, and "float32" four.
+        seed: Seed of the random words, as in `on_grid`.
 
     Returns:
         A transformation whose update takes gradients with respect to `from_grid(params)` and needs the parameters.
@@ -145,13 +145,13 @@ def grid_sgd(
     """Momentum that moves weights by whole grid steps, whatever their size: AltGrad's GridOptim, corrected.
 
     The chain `optax.add_decayed_weights -> optax.trace -> optax.scale_by_learning_rate -> scale_by_grid_steps`.
-    Parameters that are no GridArrays are trained by the same chain without its last part, that is by SGD.
+    Parameters that are not GridArrays are trained by the same chain without its last part, which is SGD.
 
     Args:
         learning_rate: Grid steps per unit of momentum, a number >= 0 or a schedule.
         momentum: Decay rate of the sum of the gradients, in [0, 1).
-        weight_decay: >= 0; its multiple of the weights, in real units, is added to the gradients.
-        max_steps, seed: As in `scale_by_grid_steps`: the bound of the steps of one update, and of the random words.
+        weight_decay: >= 0; this multiple of the weights, in real units, is added to the gradients.
+        max_steps, seed: As in `scale_by_grid_steps`: the bound of the steps of one update, and the seed.
 
     Returns:
         As from `grid_adamw`.

@@ -27,7 +27,7 @@ def stiffness_precondition(
 
     The stiffness is the derivative of the value with respect to the position on the grid, so the product is, by the
     chain rule, the gradient with respect to the position. Belongs before `optax.scale_by_adam`, where AltGrad has it,
-    or after it. Before it, Adam divides the stiffness out again, up to its eps and to the weights that cross a power of
+    or after it. Before it, Adam divides the stiffness out again, except for its eps and weights that cross a power of
     two; after it, every weight moves by a number of ULPs that does not depend on its size.
 
     Args:
@@ -40,7 +40,7 @@ def stiffness_precondition(
     Returns:
         A stateless transformation that needs the parameters, in float32, bfloat16, float16 or float64 (else a
         TypeError). It forms the product in float32 (float64 for float64 parameters) and keeps the updates' dtype. With
-        a format it takes the extra argument `grid_scale`, a tree like the parameters of arrays that broadcast against
+        a format it takes the extra argument `grid_scale`, a tree like the parameters, of arrays that broadcast against
         them: real units per unit of the format (1: unscaled). The stiffness is `grid_scale * spacing(w / grid_scale)`.
 
     Example:
@@ -60,7 +60,7 @@ def stiffness_precondition(
         for name, argument in (("mantissa_bits", mantissa_bits), ("zero_stiffness", zero_stiffness)):
             if argument is not None:
                 raise ValueError(
-                    f"{name} is of the unbounded grid and excludes a format, got {name}={argument} and "
+                    f"{name} belongs to the unbounded grid and excludes a format, got {name}={argument} and "
                     f"format={format.name}: leave out one."
                 )
 
@@ -96,7 +96,7 @@ def track_ulp_position(format: FormatLike | None = None) -> optax.GradientTransf
 
     Adds `(w_after - w_before) / spacing(w_before)` at each step, where `w_after` is the parameter as
     `optax.apply_updates` will store it, rounded to its dtype. Where `w_before` is 0, or its spacing below 2**-126
-    (which XLA flushes), the largest of the spacings before and after and 2**-126 divides instead. AltGrad's
+    (which XLA flushes), the divisor is the largest of the spacings before and after and 2**-126. AltGrad's
     `bit_position` has half of this ULP at negative powers of two, and is infinite after a move from 0.
 
     Belongs at the end of a chain, after the learning rate, to see the final update. Around an `on_grid` it counts the
@@ -170,13 +170,13 @@ def ulps_moved(w: jax.Array, update: jax.Array, format: FloatFormat, scale: Arra
 
 
 def _as_stored(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Rounds to the dtype of another array: arithmetically, as XLA may remove a cast to a small dtype and back."""
+    """Rounds to the dtype of another array: arithmetically, because XLA may remove a cast and its inverse."""
     own = own_format(jnp.result_type(like))
     return round_nearest(x, own) if own.bits < 32 else x
 
 
 def _pinned(update: Any) -> Any:
-    """The update itself, in float16 in a form that XLA cannot leave unrounded where it is applied."""
+    """The update itself; if it is float16, in a form that XLA must round before it applies it."""
     # On CPUs with float16 arithmetic XLA would contract a product and the sum, and not store what is counted.
     if jnp.result_type(update) != jnp.float16:
         return update
@@ -188,13 +188,13 @@ def _without_grid_arrays(tree: Any) -> Any:
 
 
 def _check_update(transformation: str, updates: Any, params: Any, grid_scale: Any) -> Any:
-    """Returns the scale of every leaf, 1 by default; raises unless the three trees go together."""
+    """Returns the scale of every leaf, 1 by default; raises unless the three trees match."""
     check_same_tree(transformation, "updates", updates, params)
     check_float_leaves(transformation, "params", _without_grid_arrays(params))
     check_float_leaves(transformation, "updates", _without_grid_arrays(updates))
     if grid_scale is None:
         return map_stored(lambda w: 1.0, params)
-    # optax.masked and optax.partition mask the params, and not the extra arguments.
+    # optax.masked and optax.partition mask the params, but not the extra arguments.
     masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     if any(map(masked, jax.tree.leaves(params, is_leaf=masked))):
         grid_scale = jax.tree.map(lambda p, scale: p if masked(p) else scale, params, grid_scale, is_leaf=masked)

@@ -55,7 +55,7 @@ class TestHyperparameters:
         for make in (ag.stiffness_precondition, lambda **kw: ag.manifold_adamw(1e-3, manifold_aware=False, **kw)):
             with refuses(
                 ValueError,
-                rf"{name} is of the unbounded grid and excludes a format, got {name}=.* and format=E4M3: leave",
+                rf"{name} belongs to the unbounded grid and excludes a format, got {name}=.* and format=E4M3: leave",
             ):
                 make(format="E4M3", **arguments)
 
