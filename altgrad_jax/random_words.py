@@ -1,4 +1,4 @@
-"""Random words as a function of seed, step, path and position alone: the same on any sharding and after any restart.
+"""Random words as a function only of seed, step, path and position: the same on any sharding and after any restart.
 
 A counter-based generator fuses into the kernel that uses it, but `jax.random.bits` costs ten times the rounding.
 """
@@ -23,7 +23,7 @@ def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple
 
 @functools.partial(jax.jit, static_argnames="shape", inline=True)
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 random bits per element, uint32, as a function of two words, uint32 `[2]`, and its position alone.
+    """32 random bits per element, uint32, as a function only of two words, uint32 `[2]`, and its position.
 
     Take keys from `leaf_keys`: keys that differ only in a bit of the second word correlate. A ValueError if a
     dimension, or the product of those behind it, exceeds 2**32.

@@ -1,4 +1,4 @@
-"""What the numbers of a format are, told without the library: from ml_dtypes and from the PyTorch reference.
+"""The numbers of a format without the library: from ml_dtypes and from the PyTorch reference.
 
 The exact functions work on Fractions, one number at a time; `nearest_by_table` on float64, in which every number and
 every midpoint of a format of up to 16 bits is exact.
@@ -112,7 +112,7 @@ def as_float32(x: Fraction) -> np.float32:
 
 @functools.cache
 def points(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """float32 numbers that decide: all values, quarter points, midpoints, beyond the end, and the floats next to
+    """Decisive float32 numbers: all values, quarter points, midpoints, beyond the end, and the floats next to
     each of them; with the index of the number below."""
     values = table(name)
     step = np.append(np.diff(values), float(top_gap(name)))
@@ -151,7 +151,7 @@ def nearest_index(values: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def patterns(count: int, values: np.ndarray, exponent: int, seed: int) -> np.ndarray:
-    """float32 numbers: a half of all bit patterns, a half near the numbers of a scaled table and the middles."""
+    """float32 numbers: half of all bit patterns, half near the numbers of a scaled table and their midpoints."""
     rng = np.random.default_rng(seed)
     bits = (np.arange(count // 2, dtype=np.uint64) * (2**32 // (count // 2))).astype(np.uint32)
     bits += rng.integers(0, 2**32 // (count // 2), count // 2, dtype=np.uint32)

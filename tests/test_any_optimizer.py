@@ -1,8 +1,8 @@
 """on_grid around the optimizers of optax and optax.contrib, with 8 fraction bits, against float32 master weights.
 
-Left out, with the reason: `optax.lbfgs` (a line search, refused by on_grid), `optax.contrib.sophia` (wants the loss
+Left out, with the reason: `optax.lbfgs` (a line search, refused by on_grid), `optax.contrib.sophia` (needs the loss
 itself for its Hessian, through arguments of its own) and `optax.contrib.dog` (its step is the distance from the start
-over the norm of the gradients: from a start on the grid the first steps differ by the rounding alone, and it does not
+over the norm of the gradients: from a start on the grid the first steps differ only by the rounding, and it does not
 converge in 50 steps).
 """
 

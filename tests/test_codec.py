@@ -1,4 +1,4 @@
-"""The codec: every index, every exponent's end, against exact arithmetic that shares no code with it."""
+"""The codec: every index, both ends of the exponents, against exact arithmetic that shares no code with it."""
 
 import functools
 
@@ -32,7 +32,7 @@ def flushed(x):
 
 
 class TestOracle:
-    """The vectorised oracle says what Fractions say, at every index, midpoint and float32 next to them."""
+    """The vectorised oracle agrees with Fractions, at every index, midpoint and float32 next to them."""
 
     @pytest.mark.parametrize("name", oracle.EIGHT_BIT_NAMES)
     def test_agrees_with_fractions(self, name):
@@ -89,7 +89,7 @@ class TestStochastic:
         for k in rng.integers(len(values) // 2, len(values) - 1, 4):  # In the normal range, if there is one.
             x = np.float32(values[k] + rng.random() * (values[k + 1] - values[k]))
             rest = (np.float64(x) - values[k]) / (values[k + 1] - values[k])
-            # A rest may have more bits than an int16 index leaves: below the normal range alone.
+            # Only below the normal range may a rest have more bits than an int16 index leaves.
             below = 2.0**-bits if grid.exponent_bits == 0 else 0.0
             assert 0 <= rest - int(ups(x)) / 2**bits <= below
 

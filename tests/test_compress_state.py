@@ -1,4 +1,4 @@
-"""compress_state: moments in one byte, unbiased and never frozen; all else as the inner transformation left it."""
+"""compress_state: moments in one byte, unbiased and never frozen; the rest as the inner transformation left it."""
 
 from fractions import Fraction
 
@@ -91,7 +91,7 @@ class TestSecondMoment:
         assert 0.1 < nu.std() / expected < 0.2  # "Scatters by a tenth to a fifth."
 
     def test_never_becomes_zero(self):
-        """In a row that reaches over 60 orders of magnitude, what float32 can hold at all is positive."""
+        """In a row over 60 orders of magnitude, every moment that float32 can hold is positive."""
         g = jnp.asarray(10.0 ** -np.linspace(0, 30, 128, dtype=np.float32))[None] * jnp.ones((4, 1))
         tx = ag.compress_state(optax.scale_by_rms(0.999), min_size=1)
         state = tx.init(g)
@@ -187,7 +187,7 @@ class TestExponents:
             assert int(grown[1, 0]) == 0
 
     def test_shrink_slowly(self):
-        """After a pause of thousands of steps the next gradients are met as float32 would meet them."""
+        """After a pause of thousands of steps the next gradients count as in float32."""
         g = jnp.ones((2, 4))
         tx = ag.compress_state(optax.scale_by_adam(b2=0.9), min_size=1)
         step = lambda state, _: (tx.update(jnp.zeros((2, 4)), state, g)[1], None)  # noqa: E731
@@ -200,7 +200,7 @@ class TestExponents:
     @pytest.mark.parametrize("gap", [40, 300])
     @pytest.mark.parametrize("b2", [0.999, 0.95])
     def test_keep_the_signal_of_rows_with_rare_gradients(self, gap, b2):
-        """As of the embedding of a rare character: half of the rows has a gradient once in `gap` steps."""
+        """As in the embedding of a rare character: half of the rows have a gradient once in `gap` steps."""
         g = 1 + 0.1 * jax.random.normal(jax.random.key(0), (8, 32))
         rare = jnp.arange(8)[:, None] < 4
 
@@ -230,7 +230,7 @@ PARAMS = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4), "deep": [{"mu": jnp.o
 
 
 class TestDerivatives:
-    """Through a step, as of a loss after some steps with respect to a learning rate."""
+    """Through a step, such as those of a loss after some steps with respect to a learning rate."""
 
     def test_are_those_of_float32_within_the_rounding(self):
         start, goal = gradient(1), gradient(2)
@@ -286,7 +286,7 @@ class TestLeaves:
         assert not self.compressed(optax.adam(1e-3), {})
 
     def test_that_are_no_floats(self):
-        """A state with integers of the shape of a parameter, as a count per element has."""
+        """A state with integers of the shape of a parameter, such as a count per element."""
         inner = optax.GradientTransformation(
             lambda params: optax.TraceState(trace=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params)),
             lambda updates, state, params=None: (updates, state),
@@ -360,11 +360,11 @@ class TestNnxOptimizer:
 
 
 class TestSchedules:
-    """Moments that are made at some steps only."""
+    """Moments that change at some steps only."""
 
     @pytest.mark.parametrize("k", [3, 32, 100])
     def test_of_multi_steps_arrive(self, k):
-        """Around stored parameters: the way of the same transformation on float32 ones."""
+        """Around stored parameters they go where the same transformation takes float32 ones."""
         start, gradient = jax.random.normal(jax.random.key(0), (16, 16)), jnp.full((16, 16), -1.0)
         inner = optax.MultiSteps(optax.adam(0.01), k).gradient_transformation()
 
@@ -382,7 +382,7 @@ class TestSchedules:
 
 
 class TestBadInput:
-    """Refused where it can first be known."""
+    """Refused as early as possible."""
 
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 
 
 def measured(program):
-    # In a process of its own, as libtpu and the CPU backend of the other tests do not share one.
+    # In a process of its own, because libtpu and the CPU backend of the other tests cannot share one.
     environment = os.environ | {"XLA_FLAGS": ""}
     command = [sys.executable, BENCHMARKS / program, "--json"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -57,7 +57,7 @@ class TestStoredWeights:
             ("on_grid(momentum)", 6.1, 140, 1),
             ("grid_adamw, 8bit", 8.1, 200, 1),
             ("grid_adamw, 8bit, a schedule", 8.1, 200, 1),
-            # Where one kernel was 10 bytes until the momentum rounded to nearest: the default does not pay it.
+            # One kernel and 10 bytes until the momentum rounded to nearest, which costs the default nothing.
             ("grid_adamw, 8bit, f32 gradients", 19.1, 255, 2),
             ("grid_adamw, 8bit, 2-byte weight", 8.1, 135, 1),
             # A second read of the gradient, for the means.

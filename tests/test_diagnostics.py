@@ -220,7 +220,7 @@ class TestRanks:
 
 
 class TestEffectiveDescentQuality:
-    """1 if all arrives, 0 if nothing does, and blind to what is across."""
+    """1 if all arrives, 0 if nothing does; movement at right angles does not count."""
 
     def test_of_simple_movements(self):
         u, w = tree(0), tree(1)
@@ -255,7 +255,7 @@ class TestPredictFreeze:
 
     @pytest.mark.parametrize("fraction_bits", [0, 3])
     def test_is_exact_for_constant_gradients(self, fraction_bits):
-        """SGD with a decaying rate on the grid makes the same steps, as its gradients do not depend on the weights."""
+        """SGD with a decaying rate on the grid makes the same steps: its gradients do not depend on the weights."""
         schedule = optax.exponential_decay(0.25, 5, 0.5, staircase=True)
         # All sums are exact, and one number per row keeps its scale.
         g, start = jnp.round(16 * tree(0)["a"]).at[:, 0].set(0) / 64, jnp.clip(tree(1)["a"], -1, 1).at[:, 0].set(2.5)
@@ -266,7 +266,7 @@ class TestPredictFreeze:
         update = jax.jit(tx.update)
         for i in range(40):
             updates, state = update(g, state, params)
-            assert not updates.exponent.any(), "No scale may change, as the prediction keeps them."
+            assert not updates.exponent.any(), "No scale may change, because the prediction keeps them."
             last[np.asarray(updates.index) != 0] = i + 1
             params = optax.apply_updates(params, updates)
             trace.append(trace[-1] - np.float32(schedule(i)) * g)

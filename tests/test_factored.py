@@ -16,7 +16,7 @@ SHAPE, STEPS = (64, 128), 1200
 
 
 def optax_factored(b2=B2, eps=EPS):
-    """Optax's, told the same decay rates and eps, for leaves of any size."""
+    """Optax's, with the same decay rates and eps, for leaves of any size."""
 
     def rate(t, b):
         t = jnp.float32(t)
@@ -53,7 +53,7 @@ def last_update(tx, gradient):
 
 
 class TestMatrices:
-    """Of which axes the means are."""
+    """Which axes the means keep."""
 
     @pytest.mark.parametrize(
         ("shape", "axes"),
@@ -65,7 +65,7 @@ class TestMatrices:
             ((6, 4, 4), (1, 2)),
             ((768, 12, 64), (0, 2)),  # A kernel of attention, and its way back.
             ((12, 64, 768), (1, 2)),
-            ((3072, 16, 256), (0, 2)),  # Of more heads than its width has room for.
+            ((3072, 16, 256), (0, 2)),  # With more heads than its width has room for.
             ((4096, 8, 128), (0, 2)),
             ((24, 768, 12, 64), (1, 3)),
             ((3, 3, 64, 128), (2, 3)),
@@ -164,7 +164,7 @@ class TestMeans:
         assert jnp.isfinite(updates).all()
 
     def test_are_kept_by_a_norm_of_nan(self):
-        """XLA:CPU drops NaN from a clip between numbers that it does not know, where that is only reduced."""
+        """XLA:CPU drops NaN from a clip between traced numbers where only a reduction reads it."""
         gradient = draw(0, 64, 64).at[2, 3].set(jnp.nan)
         norm = jax.jit(lambda g, state: optax.tree.norm(OURS.update(g, state, g)[0]))
         assert jnp.isnan(norm(gradient, OURS.init(gradient)))
@@ -203,7 +203,7 @@ class TestMeans:
         np.testing.assert_allclose(updates["b"], 1)
 
     def test_under_jit_are_those_of_eager_steps(self):
-        """To the last bit but one of the decay rate."""
+        """To the last bits of the decay rate."""
         tx, gradients = OURS, {"a": draw(0, 16, 8), "b": draw(1, 8)}
         eager, compiled = tx.init(gradients), tx.init(gradients)
         for _ in range(3):
@@ -241,12 +241,12 @@ def way(gain=EVEN, spike=NONE, ours=True):
 
 
 class TestOutliers:
-    """One element that is far larger than all others changes little but itself."""
+    """One element that is far larger than all others changes little except itself."""
 
     @pytest.mark.parametrize("at", [0, 5, 1000])
     @pytest.mark.parametrize("size", [1e2, 1e6, 1e8, 1e19, 3e38])
     def test_leave_the_others_alone(self, size, at):
-        """Where they move Optax's a hundred times too far; in its row and column by 15 %."""
+        """Which move a hundred times too far with Optax's; in its row and column by 15 %."""
         spike, plain = NONE.at[at].set(size), way()
         ratio = way(spike=spike) / plain
         np.testing.assert_allclose(ratio[OTHERS], 1, rtol=0.02)

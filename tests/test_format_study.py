@@ -23,7 +23,7 @@ MODULES = ("arms", "config", "study", "tasks", "training")
 
 @pytest.fixture(scope="module", autouse=True)
 def modules():
-    """The example's own modules, which are no package, by name; gone from sys.modules afterwards."""
+    """The modules of the example, which is not a package, by name; removed from sys.modules afterwards."""
     sys.path.insert(0, str(FOLDER))
     yield {name: __import__(name) for name in MODULES}
     sys.path.remove(str(FOLDER))
@@ -178,7 +178,7 @@ class TestArms:
         assert float(jnp.abs(bias[:3]).max()) < 4 * 0.5 / 4000**0.5
 
     def test_float32_run_is_that_of_plain_optax(self, modules, small, data):
-        """Against a loop that shares the model and the data alone."""
+        """Against a loop that shares only the model and the data."""
         task = modules["tasks"].load(data)
         arm = modules["arms"].Arm(data, "E4M3", "adamw", "float32")
         rate = 2.0**-6
@@ -200,12 +200,12 @@ class TestArms:
 
 
 class TestSearch:
-    """For the best learning rate, until it lies between two others."""
+    """For the best learning rate, until that lies between two others."""
 
     @pytest.fixture
     def searched(self, modules, small, data, monkeypatch):
         def search(loss, **changes):
-            """The places that are tried when a rate of 2^x has a loss, and the one that is evaluated."""
+            """The exponents x of the rates 2^x that are tried under a loss of x, and of the one that is evaluated."""
 
             def trainer(task, arm, config):
                 def train(data, weights, rows, rates, seeds):
@@ -245,7 +245,7 @@ class TestSearch:
 
 
 class TestResumption:
-    """Interrupted anywhere, a study ends with the lines of an undisturbed one, times aside."""
+    """Interrupted anywhere, a study ends with the lines of an undisturbed one, except for times."""
 
     def start(self, path, config):
         options = []

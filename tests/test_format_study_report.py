@@ -48,7 +48,7 @@ def study(monkeypatch):
 
 
 def make_lines(config=CONFIG):
-    """A study of which float32 AdamW loses 1 nat, a format 0.5 more, and "before" what GAIN says less."""
+    """A study in which float32 AdamW has a loss of 1 nat, a format 0.5 more, and "before" GAIN less."""
     segments, seeds = config["segments"], range(config["seeds"])
     lines = [{"kind": "study", "config": config, "data": dict.fromkeys(config["tasks"], "0"), "jax": "0"}]
 

@@ -1,4 +1,4 @@
-"""Training loops of plain JAX, Flax linen, Flax nnx and Equinox, changed in the three lines of the README alone."""
+"""Training loops of plain JAX, Flax linen, Flax nnx and Equinox, changed only in the three lines of the README."""
 
 import equinox as eqx
 import flax.linen
@@ -15,7 +15,7 @@ import altgrad_jax.flax_support
 
 WIDTH, STEPS = 32, 300
 X = jax.random.normal(jax.random.key(0), (8192, 16))
-# With noise, of which models of this size learn little by heart, so that all losses end near its variance.
+# With noise, which models of this size hardly memorize, so that all losses end near its variance.
 Y = jnp.sin(X @ jax.random.normal(jax.random.key(1), (16, 4))) + jax.random.normal(jax.random.key(2), (8192, 4)) / 2
 
 
@@ -223,7 +223,7 @@ class TestNnx:
 
 
 class TestEquinox:
-    """Its own filter takes floating arrays alone."""
+    """Its own filter takes only floating arrays."""
 
     def test_filter_of_inexact_arrays_freezes_stored_ones(self):
         layer = eqx.nn.Linear(16, 8, key=jax.random.key(0))
@@ -236,7 +236,7 @@ class TestEquinox:
         assert not jax.tree.leaves(static)
 
     def test_tree_of_where_may_be_a_module(self):
-        """Which is callable, as a rule is."""
+        """A module is callable, like a rule."""
         layer = eqx.nn.Linear(16, 8, key=jax.random.key(0))
         where = jax.tree.map(lambda leaf: leaf.ndim == 2, layer)
         stored = ag.to_grid(layer, where=where)

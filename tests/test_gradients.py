@@ -152,7 +152,7 @@ class TestValueAndGrad:
         assert_same(ag.value_and_grad(scanned, dtype=BFLOAT16)(params, X), jax.value_and_grad(scanned)(params, X))
 
     def test_traces_a_jitted_function_once(self):
-        """Calls one after the other are of one depth, also after an error."""
+        """Consecutive calls have the same depth, also after an error."""
         traces = []
 
         @jax.jit

@@ -14,7 +14,7 @@ from altgrad_jax import grid
 
 
 def functions(name):
-    """The functions of a grid at x, each to be compared with what `oracle.Exact` says."""
+    """The functions of a grid at x, each to be compared with that of `oracle.Exact`."""
     return {
         "spacing": lambda x: ag.spacing(x, name),
         "position": lambda x: ag.position(x, name),

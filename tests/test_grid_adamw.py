@@ -66,7 +66,7 @@ class TestBytes:
         [("factored", 0.9, 0, 2.04), ("factored", 0.0, 0, 1.04), ("factored", 0.9, 8, 3.04), ("8bit", 0.9, 0, 3.02)],
     )
     def test_of_rows_as_short_as_a_head(self, second_moment, b1, fraction_bits, limit):
-        """64 numbers, which have an exponent in each array, and in a factored second moment a mean."""
+        """Rows of 64 numbers have one exponent in each array, and one mean in a factored second moment."""
         shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         heads = {name: shape(768, 12, 64) for name in ("query", "key", "value")}
         block = heads | {
@@ -146,11 +146,11 @@ class TestChain:
         injected = optax.inject_hyperparams(ag.grid_adamw, hyperparam_dtype=jnp.float32)
         injected = injected(**numbers, second_moment=second_moment)
         agreement = steps(injected, one, gradient).index == eager.index
-        assert float(agreement.mean()) > 0.999  # Numbers that XLA does not know: the last bit of a quotient.
+        assert float(agreement.mean()) > 0.999  # Numbers that are not constants: the last bit of a quotient.
 
     @pytest.mark.parametrize("axis", [0, 1])
     def test_on_two_devices(self, axis):
-        """Means over a sharded axis differ in their last bits, so that a few elements round otherwise."""
+        """Means over a sharded axis differ in their last bits, so that a few elements round differently."""
         mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
         params = ag.to_grid(jax.random.normal(jax.random.key(0), (256, 128)))
         gradient = jax.random.normal(jax.random.key(1), params.shape)
@@ -173,7 +173,7 @@ class TestChain:
 
 
 class TestBadInput:
-    """Refused where it can first be known."""
+    """Refused as early as possible."""
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

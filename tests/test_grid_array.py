@@ -52,7 +52,7 @@ class TestEveryIndex:
         again = ag.to_grid(
             ag.from_grid(q, full=True), name, fraction_bits=fraction_bits, scale=q.scale, where=lambda path, leaf: True
         )
-        # What XLA flushes is index 0; bfloat16 alone reaches there.
+        # What XLA flushes is index 0; only bfloat16 reaches there.
         kept = np.abs(exact_values(name, fraction_bits, scale)) >= 2.0**-126
         np.testing.assert_array_equal(again.index, np.where(kept, q.index, 0))
         assert again.index.dtype == q.index.dtype
@@ -89,7 +89,7 @@ class TestStorage:
         [*((name, 0) for name in oracle.FORMAT_NAMES if name != "bfloat16"), ("float8_e4m3fn", 5), ("E0M7", 5)],
     )
     def test_scale_of_a_row_is_the_smallest_that_leaves_its_share(self, name, fraction_bits):
-        """Half of the largest number, to an eighth of its octave, down; in a uniform format seven eighths of 1."""
+        """Half of the largest number, rounded down to an eighth of its octave; in a uniform format 7/8 of 1."""
         largest = oracle.table(name)[-1]
         octave = 2.0 ** np.floor(np.log2(largest))
         limit = 7 / 8 if name == "E0M7" else np.floor(8 * largest / octave) / 8 * octave / 2
@@ -124,7 +124,7 @@ class TestStorage:
             np.testing.assert_array_equal(ag.from_grid(q)[1, 0], [largest, 0.0])
 
     def test_scale_of_zeros(self):
-        """A row has that of the largest, an array that of 1/4."""
+        """A row takes that of the largest row, an array that of 1/4."""
         x = jnp.zeros((3, 8)).at[1].set(100.0)
         scale = ag.to_grid(x).scale
         assert scale[0] == scale[1] == scale[2]
@@ -138,7 +138,7 @@ class TestStorage:
             q = ag.to_grid({"a": x}, "float8_e3m4")["a"]
         np.testing.assert_array_equal(q.exponent[0, 0] - q.exponent[:, 0], [0, 9, 10, 10, 0, 10])
         np.testing.assert_array_equal(ag.from_grid(q), jnp.where(x < 2.0**-20, 0, x))
-        jax.jit(lambda x: ag.to_grid(x, "float8_e3m4"))(x)  # Does not know, and does not warn.
+        jax.jit(lambda x: ag.to_grid(x, "float8_e3m4"))(x)  # Cannot know, and does not warn.
         ag.to_grid(x, "float8_e3m4", scale=1.0)
         with pytest.warns(UserWarning, match="3 of 6 rows of params became 0") as caught:
             ag.to_grid(x.at[4].set(2.0**-40), "float8_e3m4")

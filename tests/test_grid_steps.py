@@ -28,7 +28,7 @@ def moved(tx, params, *updates):
 
 
 class TestSteps:
-    """Every weight moves by the rounded number of steps, from whatever number it is at."""
+    """Every weight moves by the rounded number of steps, from any number."""
 
     @pytest.mark.parametrize(("format", "fraction_bits"), [("float8_e4m3fn", 0), ("E7M0", 0), ("float8_e5m2", 3)])
     def test_from_every_number_by_every_number_of_steps(self, format, fraction_bits):
@@ -150,7 +150,7 @@ class TestGridSgd:
 
 
 class TestBadInput:
-    """Refused where it can first be known."""
+    """Refused as early as possible."""
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -77,14 +77,14 @@ def close_by_rows(ours, twin):
 
 @pytest.mark.parametrize("name", ["compress_state(adamw)", "8bit", "factored", "float32"])
 class TestMoments:
-    """Every row goes the way of float32 within 10 %: under `compress_state`, and of grid_adamw by its second moment."""
+    """Every row goes the way of float32 within 10 %: under `compress_state` and each second moment of grid_adamw."""
 
     @pytest.mark.parametrize("at", [0, 5, 1000])
     @pytest.mark.parametrize("size", [1e2, 1e6, 1e8])
     def test_after_a_spike(self, name, size, at):
-        """All other elements, those of its row too; the spiked one goes no further than they or its twin.
+        """All other elements, also those of its row; the spiked one goes no further than they or its twin.
 
-        What is in other rows and columns goes the way of a run without the spike.
+        Elements of other rows and columns go the way of a run without the spike.
         """
         ours, twin = ways(name, spikes=jnp.zeros(STEPS).at[at].set(size))
         beside = np.delete(np.arange(64), 3)[:, None], np.delete(np.arange(64), 5)
@@ -153,7 +153,7 @@ def moved(params, moves, momentum, fixed=False):
 
 @jax.jit
 def averaged(moves):
-    """Where the float32 twin of a momentum ends that starts at zero."""
+    """Where the float32 twin of a momentum that starts at zero ends."""
     twin, zero = optax.ema(0.9), jnp.zeros(moves.shape[1:])
 
     def step(carry, move):
@@ -169,7 +169,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("noise", [0.0, 0.2])
     def test_from_zero_end_as_under_a_fitted_scale(self, name, fraction_bits, noise):
-        """As the `B` of LoRA, under a rate that falls to zero: the error of the same run with the scale of the end."""
+        """As the `B` of LoRA, under a rate that falls to zero: the error of the same run with the final scale."""
         goal = 0.02 * jax.random.normal(jax.random.key(0), (64, 64))
         rate = jnp.linspace(1, 0, 300)[:, None, None] / 150
         moves = rate * (goal + noise * jax.random.normal(jax.random.key(1), (300, 64, 64)))
@@ -185,7 +185,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("size", [1e-12, 3e-11])
     def test_that_are_nearly_zero_go_their_way(self, name, fraction_bits, size):
-        """A row beside rows of 0.05, which becomes 0 where that is its nearest number, and not in silence."""
+        """A row beside rows of 0.05 becomes 0 if that is its nearest number, and not in silence."""
         x = jnp.concatenate([jnp.full((1, 64), size), 0.05 * jax.random.normal(jax.random.key(0), (7, 64))])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""The floors: a module imports lower floors alone, and the library needs jax, optax and numpy alone."""
+"""The floors: a module imports only lower floors, and the library needs only jax, optax and numpy."""
 
 import ast
 import pathlib

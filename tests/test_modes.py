@@ -1,4 +1,4 @@
-"""Named chains, and gradients of stored parameters, in the modes of JAX that refuse what it usually lets pass."""
+"""Named chains, and gradients of stored parameters, in the strict modes of JAX."""
 
 import jax
 import jax.numpy as jnp

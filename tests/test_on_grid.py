@@ -20,7 +20,7 @@ import altgrad_jax.flax_support
 from altgrad_jax.on_grid import _rates, moved
 
 ADAM = functools.partial(optax.adamw, 1e-2)
-# As Adam without a first moment, which the momentum of on_grid is.
+# Adam without a first moment: the momentum of on_grid takes its place.
 RMS = functools.partial(
     optax.chain, optax.scale_by_rms(0.999, eps_in_sqrt=False, bias_correction=True), optax.scale(-1e-2)
 )
@@ -154,12 +154,12 @@ def owed(params, state, b):
 
 
 def mature(state):
-    """A state so late that the momentum is corrected for no bias: b_t is b."""
+    """A state so late that the momentum needs no bias correction: b_t is b."""
     return state._replace(grid_step=jnp.uint32(10**6))
 
 
 class TestMomentum:
-    """M <- b_t M + (1 - b_t) u; to the nearest number of w + M + M / gain within a step, else to one of w + M."""
+    """M <- b_t M + (1 - b_t) u; to the number nearest to w + M + M / gain within a step, else to one beside w + M."""
 
     def test_is_the_recurrence(self):
         """The function on one leaf, in float64, with an ordinary rounding; the last two owe more than a step."""
@@ -241,7 +241,7 @@ class TestRest:
 
     @pytest.mark.parametrize(("steps", "arrives"), [(0.4, 1.0), (0.7, 1.125), (1.3, 1.125), (1.7, 1.25), (-2.3, 0.875)])
     def test_elements_arrive_at_the_nearest_number(self, steps, arrives):
-        """Of where one update sends them, under a momentum that goes on for as long as they owe more than a step."""
+        """Nearest to the target of one update, under a momentum that lasts while they owe more than a step."""
         params = ag.to_grid(jnp.ones((1, 1024)), "float8_e4m3fn", scale=2.0**-7)
         tx = ag.on_grid(optax.scale(1.0), momentum=0.9)
         move = steps * (2.0**-3 if steps > 0 else 2.0**-4)
@@ -306,7 +306,7 @@ class TestExponents:
         ("arguments", "steps", "exponent"), [({}, 9, -2), ({"rounding": "nearest"}, 9, -2), ({"momentum": 0.9}, 2, -3)]
     )
     def test_shrink_exactly(self, arguments, steps, exponent):
-        """At once with a momentum; without by one per step, and not to the last binade."""
+        """At once with a momentum; without one, by one binade per step and not to the last."""
         values = jnp.array([[26.0, 1.0, -3.5, 0.25], [0.0, 0.0, 0.0, 0.0]])
         params, tx = (
             ag.to_grid(values, "float8_e4m3fn", scale=jnp.ones((2, 1))),
@@ -336,7 +336,7 @@ class TestExponents:
         for _ in range(4):
             params, state = run(tx, params, state, jnp.full((1, 1), 5.0), 1)
             stored.append((float(ag.from_grid(params)[0, 0]), float(params.scale[0, 0])))
-        # First as 1.0 is beyond half of 1.75, then by more as it saturates. 8.5 and 13 are rounded.
+        # First because 1.0 is beyond half of 1.75, then by more because it saturates. 8.5 and 13 are rounded.
         assert stored == [(1.75, 2.0**-8), (3.5, 2.0**-7), (8.0, 2.0**-4), (13.0, 2.0**-3)]
 
     def test_follow_a_jump_at_once_with_a_momentum(self):
@@ -344,7 +344,7 @@ class TestExponents:
         tx = ag.on_grid(optax.scale(1.0), momentum=0.5)
         params, state = run(tx, params, tx.init(params), jnp.full((1, 1), 100.0), 1)
         assert float(ag.from_grid(params)[0, 0]) == 1.75
-        # The momentum of 50 is what makes the row grow, to where a 32nd of the range holds it.
+        # The momentum of 50 makes the row grow until a 32nd of the range holds it.
         assert 50 <= 31 / 16 * 2.0**3 * 2.0 ** float(state.exponent[0, 0]) <= 400
 
     def test_let_a_weight_grow_without_end(self):
@@ -379,7 +379,7 @@ class TestExponents:
 
 
 class TestDeterminism:
-    """The random bits are a function of seed, step, path and position alone."""
+    """The random bits are a function only of seed, step, path and position."""
 
     def test_seeds_steps_and_leaves_differ(self):
         x = jnp.full((64, 64), 1.01)
@@ -401,7 +401,7 @@ class TestDeterminism:
     @pytest.mark.parametrize("spec", [jax.P("d"), jax.P(None, "d")])
     @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
     def test_any_sharding_gives_the_same_bits(self, momentum, spec, axis_type):
-        # A product alone as the inner transformation: XLA:CPU contracts Adam's sums differently for other shapes.
+        # The inner transformation is only a product: XLA:CPU contracts Adam's sums differently for other shapes.
         tx = ag.on_grid(optax.scale(-0.3), momentum=momentum)
         params, gradients = params_and_gradients()
         mesh = jax.make_mesh((2,), ("d",), axis_types=(axis_type,))

@@ -82,7 +82,7 @@ class TestRandomWords:
         assert _strides((2**20, 2**20)) == ([(1, 1)], [(0, 1)])
         assert _strides((3, 2**31, 2)) == ([(2, 1), (1, 2)], [(0, 1)])
         assert _strides((2**20, 2**12)) == ([(1, 1), (0, 2**12)], [])
-        some = jax.jit(lambda: random_words(KEY, (2**20, 2**20))[3:6, 7:9])()  # No more than these are made.
+        some = jax.jit(lambda: random_words(KEY, (2**20, 2**20))[3:6, 7:9])()  # Only these are made.
         first, second = (np.asarray(key, np.uint32) for key in KEY)
         with np.errstate(over="ignore"):
             row = mix(first + np.arange(3, 6, dtype=np.uint32)[:, None])
@@ -109,7 +109,7 @@ class TestSecondWord:
         assert abs(np.mean(centred(first) * centred(second))) * 12 < 5 / 2**10
         one, two = (2.0 * bit_table(words)[:, 8:] - 1 for words in (first, second))
         correlation = one.T @ two / 2**20
-        # A bit of a product hangs more on its own bit of the factor the lower it is.
+        # The lower a bit of a product, the more it depends on the same bit of the factor.
         np.testing.assert_allclose(correlation[8:], 0, atol=5 / 2**10)
         np.testing.assert_allclose(correlation[:, 8:], 0, atol=5 / 2**10)
         np.testing.assert_allclose(correlation, 0, atol=2.0**-5)

@@ -74,7 +74,7 @@ READERS = {
 
 
 class TestReaders:
-    """They get the numbers, of the dtype of the array."""
+    """They get the numbers, in the dtype of the array."""
 
     @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
     @pytest.mark.parametrize("param", [KERNEL, SMALL], ids=["int8", "int16"])

@@ -50,9 +50,9 @@ class TestRoundNearest:
 
 
 def exact_up_shares(name, xs):
-    """For what share of the words each x is rounded away from zero, and the exact rest of x in steps.
+    """The share of words under which each x is rounded away from zero, and the exact rest of x in steps.
 
-    Of 24 upper bits where more are used: the rest of a normal number has fewer.
+    Counts only 24 upper bits where more are used: the rest of a normal number has fewer.
     """
     format = ag.as_format(name)
     bits = min(rest_bits_of(format), 24)

@@ -108,7 +108,7 @@ class TestStiffnessPrecondition:
         assert np.isnan(preconditioned([1.0, 0.0], jnp.array([jnp.nan, jnp.nan]))).all()
 
     def test_does_not_undo_itself_after_adam(self):
-        """Behind the normalisation every weight moves by the same number of ULPs; before it, Adam divides it out."""
+        """After the normalisation every weight moves by the same number of ULPs; before it, Adam divides it out."""
         w = jnp.array([1.0, 2.0**-6, -8.0])
         g = jnp.array([0.3, 0.3, 0.3])
         chain = lambda *parts: optax.chain(*parts, optax.scale_by_learning_rate(1.0))  # noqa: E731
@@ -128,7 +128,7 @@ class TestTrackUlpPosition:
 
     @pytest.mark.parametrize("jit", [False, True])
     def test_passes_every_float16(self, jit):
-        """In which updates are rounded once more, to what they are."""
+        """Updates are rounded once more in it, to themselves."""
         tracker, u = ag.track_ulp_position(), jnp.asarray(np.arange(2**16, dtype=np.uint16).view(np.float16))
         w = jnp.ones_like(u)
         update = jax.jit(tracker.update) if jit else tracker.update

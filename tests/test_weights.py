@@ -106,7 +106,7 @@ class TestModels:
 
 
 class TestReasons:
-    """One for each leaf that is no weight."""
+    """One for each leaf that is not a weight."""
 
     @pytest.mark.parametrize(
         ("leaf", "reason"),

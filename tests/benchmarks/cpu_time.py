@@ -13,7 +13,7 @@
 
 (jax 0.10, two CPU cores; grid_adamw at 3.2 to 3.5 x in three runs, manifold_adamw at 2.7 to 3.0 x.) A part is page
 faults, because the allocator returns temporaries of more than 32 MB after each call. The tracker of `manifold_adamw`
-needs the weights of before, and XLA copies them, as the new ones are written over them. With an allocator that keeps
+needs the old weights, and XLA copies them, because the new ones are written over them. With an allocator that keeps
 its pages, as under `GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592`, it
 takes 2.1 x.
 

@@ -15,10 +15,10 @@ Needs no TPU: `pip install -e ".[tpu]"`, then
 
 A decoder of 12 stacked layers, 2048 wide, 604 million weights, scanned and rematerialised, with bfloat16 activations,
 one sequence of 512; parameters and state are donated. The peak is what XLA's memory analysis counts: arguments, results
-that do not take their places, and temporaries, activations included. In the rows but the first the gradients are
+that do not take their places, and temporaries, activations included. In all rows except the first the gradients are
 bfloat16: of `from_grid(params, bfloat16)`, or of `altgrad_jax.value_and_grad`, for which each layer is decoded where it
-is used. Unrolled, as models of Flax nnx are, XLA updates a layer before all gradients are there: in how many layers at
-once it does is its choice.
+is used. If layers are unrolled, as in Flax nnx, XLA updates a layer before all gradients are there; it chooses for how
+many layers at once.
 """
 
 import argparse

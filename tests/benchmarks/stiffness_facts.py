@@ -1,4 +1,4 @@
-"""What a stiffness in front of Adam does, and behind it: the numbers of the README.
+"""What a stiffness does before Adam and after it: the numbers of the README.
 
     python tests/benchmarks/stiffness_facts.py
 

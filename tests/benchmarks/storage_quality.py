@@ -1,12 +1,12 @@
-"""How far training with weights stored on an 8-bit grid stands from float32 AdamW, and from float32 master weights.
+"""How far training with weights stored on an 8-bit grid is from float32 AdamW, and from float32 master weights.
 
     python tests/benchmarks/storage_quality.py            # everything; two hours on two cores
     python tests/benchmarks/storage_quality.py --quick    # three arms of two tiny tasks, in a temporary file
     python tests/benchmarks/storage_quality.py --report   # the tables of what is there
     python tests/benchmarks/storage_quality.py --seeds 12 --tasks gpt_tuned mlp_lm_tuned gpt_small_batch mlp_small_batch
 
-The last one, 40 minutes, is of the recipes of two bytes and their rivals, on language models whose schedule, b1 and b2
-are tuned for AdamW.
+The last one, 40 minutes, compares the recipes of two bytes with their rivals, on language models whose schedule, b1 and
+b2 are tuned for AdamW.
 
 An arm is a way to store the weights (float32, float32 master weights that the forward pass rounds to the grid, int8
 without a master copy, int16 with 8 fraction bits), their format, and the moments of AdamW. The momentum of the arms
@@ -133,7 +133,7 @@ class Arm:
         if self.moments == "factored" and self.on_grid:
             return ag.grid_adamw(learning_rate, b1 * self.feedback, b2, EPS, WEIGHT_DECAY, seed=seed)
         if self.feedback or self.storage in ("laprop", "laprop_plain", "rmsprop"):
-            # AdamW in LaProp order, as the momentum that carries the rounding error is behind the normalisation.
+            # AdamW in LaProp order, because the momentum that carries the rounding error follows the normalisation.
             whole = optax.scale_by_rms(b2, EPS, eps_in_sqrt=False, bias_correction=True)
             inner = optax.chain(
                 scale_by_factored_rms(b2, EPS) if self.moments == "factored" else whole,
@@ -193,7 +193,7 @@ ARMS = sorted(
     ],
     key=lambda arm: (not arm.robustness, not arm.headline),  # What an interrupted run should have.
 )
-# Of language models alone: other ways of feedback, and master weights whose optimizer has the order that feedback has.
+# Only for language models: other ways of feedback, and master weights whose optimizer has the order that feedback has.
 LANGUAGE_ARMS = (
     [Arm("feedback", "float32", "e4m3fn", scale) for scale in ("tensor", "column")]
     + [Arm("feedback_hidden", "8bit", "e4m3fn")]
@@ -372,7 +372,7 @@ def digits() -> tuple[jax.Array, ...]:
 
 
 def digits_loss(logits_of, params, data, key):
-    """Of shifted and noisy images, as plain ones are learnt by heart: the best loss would measure early stopping."""
+    """Of shifted and noisy images, because plain ones are memorized: the best loss would measure early stopping."""
     pick, shift, noise = jax.random.split(key, 3)
     chosen = jax.random.randint(pick, (DIGITS_BATCH,), 0, len(data[1]))
     images = jnp.roll(data[0][chosen], jax.random.randint(shift, (2,), -1, 2), (1, 2))
@@ -539,7 +539,7 @@ def trainer(task: Task, arm: Arm) -> Callable[..., tuple[jax.Array, jax.Array]]:
             params, state, stalls = carry
             gradient = jax.grad(task.loss)(arm.values(params), problem, jax.random.fold_in(batches, i))
             updates, state = tx.update(gradient, state, params)
-            look = (i >= 0.9 * task.steps) & (i % 8 == 0)  # At few steps, as it costs a pass over the weights.
+            look = (i >= 0.9 * task.steps) & (i % 8 == 0)  # At few steps: it costs a pass over the weights.
             counted = jax.lax.cond(look, stalled, lambda *_: jnp.zeros(2), updates, params, gradient)
             return (optax.apply_updates(params, updates), state, stalls + counted), None
 
@@ -574,7 +574,7 @@ def bytes_per_weight(task: Task, arm: Arm) -> float:
 
 
 def study(task: Task, arm: Arm, most_seeds: int, known: dict[str, dict], emit: Callable[[dict], None]) -> None:
-    """Selects the learning rate of an arm and trains it with all seeds and variants, but for runs that are known."""
+    """Selects the learning rate of an arm and trains it with all seeds and variants, except known runs."""
 
     @functools.cache
     def compiled():
@@ -609,9 +609,9 @@ def study(task: Task, arm: Arm, most_seeds: int, known: dict[str, dict], emit: C
 
 
 def specification(task, arm, role, learning_rate, hyperparameters, seed) -> dict:
-    """What a run is, but for what it measures."""
+    """The description of a run, without its measurements."""
     names = {"task": task.name, "steps": task.steps, **dataclasses.asdict(arm), "role": role}
-    # Lines of before b1 was tuned do not name it.
+    # Lines from before b1 was tuned do not name it.
     named = {name: value for name, value in hyperparameters.items() if (name, value) != ("b1", B1)}
     return names | {"learning_rate": learning_rate, **named, "seed": seed, "jax": jax.__version__}
 
@@ -626,12 +626,12 @@ def arm_of(run: dict) -> Arm:
 
 
 def finite(x: float) -> float | None:
-    """JSON has no NaN: None for a run that diverged, or for a rate of nothing."""
+    """JSON has no NaN: None for a run that diverged, or for a share of nothing."""
     return x if np.isfinite(x) else None
 
 
 def lowest(f: Callable[[int], float], limit: int = 8) -> int:
-    """The integer with the lowest value, between two higher ones, looked for from -1, 0 and 1 downhill."""
+    """The integer with the lowest value, between two higher ones, searched downhill from -1, 0 and 1."""
     values = {k: f(k) for k in (-1, 0, 1)}
     while True:
         best = min(values, key=values.get)
@@ -700,7 +700,7 @@ def run_all(jobs: list[tuple[Task, Arm]], path: pathlib.Path, workers: int, most
         try:
             while not finished:
                 time.sleep(0.2)
-                finished = all(future.done() for future in futures)  # Before the last look, so that it misses none.
+                finished = all(future.done() for future in futures)  # Before the last read: it misses none.
                 while not runs.empty():
                     run = runs.get()
                     file.write(json.dumps(run) + "\n")

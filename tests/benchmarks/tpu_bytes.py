@@ -31,9 +31,9 @@ gradients, parameters and state and one write of the latter two, and for a facto
 `grid_adamw`, a second read of the gradients. The step is an ordinary one: the conditional that gives moments their
 first exponents and means, which the compiler would count as if it were always taken, is left out. On many leaves XLA
 also prefetches, which counts, and merges leaves of one shape that draw random words. A momentum beside a float32 second
-moment takes two kernels, and so does one beside 8-bit second moments and float32 gradients. What decides is how many
-operands a kernel has: a step may add one more array, or scale per row, or scalar that the compiler does not know, and
-become three kernels.
+moment takes two kernels, and so does one beside 8-bit second moments and float32 gradients. The number of
+operands of a kernel decides: one more array, scale per row or scalar that the compiler does not know can turn a step
+into three kernels.
 """
 
 import argparse
@@ -77,7 +77,7 @@ OPTIMIZERS = {
     ),
 }
 SCHEDULE = optax.cosine_decay_schedule(1e-3, 1000)
-# So many fraction bits of the parameters, and the dtype of the gradients.
+# The transformation, the fraction bits of the parameters and the dtype of the gradients.
 STORED = {
     "on_grid(optax.adamw)": (ag.on_grid(optax.adamw(1e-3)), 0, jnp.float32),
     "on_grid(momentum)": (ag.on_grid(optax.scale(-1e-3), momentum=0.9), 0, jnp.bfloat16),
@@ -93,7 +93,7 @@ STORED = {
 }
 
 
-# What an ordinary step does not do. The module, as the package has a function of this name.
+# What an ordinary step does not do. The module, because the package has a function of this name.
 compress_state = importlib.import_module("altgrad_jax.compress_state")
 first_exponents, first_means = compress_state._first_exponents, factored._before
 compress_state._first_exponents = lambda exponents, *_: exponents
