@@ -25,8 +25,8 @@ def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """32 random bits per element, uint32, as a function only of two words, uint32 `[2]`, and its position.
 
-    Take keys from `leaf_keys`: keys that differ only in a bit of the second word correlate. A ValueError if a
-    dimension, or the product of those behind it, exceeds 2**32.
+    Take keys from `leaf_keys`: keys that differ only in a bit of the second word correlate. A ValueError
+    unless the dimensions split into first and last ones, each with a product of at most 2**32.
     """
     word = key[0]
     # The key comes first: XLA would write out what all lanes of a vmap share.
