@@ -28,8 +28,8 @@ from altgrad_jax.grid_array import (
 from altgrad_jax.random_words import leaf_keys, random_words, second_word
 from altgrad_jax.scales import followed, weight_rule, with_level
 
-# How many binades the numbers of a momentum lie below those of its weights: moves of a 16th of a row still fit.
-_BELOW = 5
+# How many binades lower the numbers of a momentum end than those of its weights: with b = 0.9 a row can move by a 36th.
+_BELOW = 2
 
 
 class OnGridState(NamedTuple):
@@ -37,7 +37,9 @@ class OnGridState(NamedTuple):
 
     grid_step: Array  # uint32, []: updates so far, modulo 2**32. It keys the random words.
     exponent: Any  # int8: the exponents that the GridArrays take in the next update; None for other leaves.
-    momentum: Any  # GridArrays of one byte, with the exponents of their weights; float32 for other leaves; or Nones.
+    # What each weight owes, the sum of the moves still to come: GridArrays of one byte, with the exponents of their
+    # weights. Of other leaves the average of the updates, float32. Without a momentum Nones.
+    momentum: Any
     inner_state: optax.OptState
 
 
@@ -96,14 +98,16 @@ def on_grid(
     def init(params):
         params = checked_params(params)
         exponent = map_stored(lambda p: jnp.array(p.exponent) if is_grid_array(p) else None, params)
-        carried = map_stored(lambda p: None if momentum is None else _initial(p), params)
+        paths, leaves, structure = flatten_stored(params)
+        keys = leaf_keys(seed, jnp.uint32(2**32 - 1), paths)
+        carried = [None if momentum is None else _initial(*leaf) for leaf in zip(leaves, keys, strict=True)]
         try:
             inner_state = inner.init(from_grid(params, full=True))
         except ValueError as error:
             if "GridArray" in str(error):
                 error.add_note("on_grid gives from_grid(params) to what is inside: make masks and labels from that.")
             raise
-        return OnGridState(jnp.uint32(0), exponent, carried, inner_state)
+        return OnGridState(jnp.uint32(0), exponent, structure.unflatten(carried), inner_state)
 
     def update(updates, state, params=None, **extra_args):
         _check_extra(extra_args)
@@ -114,7 +118,7 @@ def on_grid(
         paths, leaves, structure = flatten_stored(params)
         rest = [structure.flatten_up_to(tree) for tree in (moves, state.exponent, state.momentum)]
         keys = leaf_keys(seed, state.grid_step, paths) if rounding == "stochastic" else [None] * len(paths)
-        rates = (0, 0) if momentum is None else _rates(momentum, state.grid_step)
+        rates = (0, 0, 0) if momentum is None else _rates(momentum, state.grid_step)
         results = [_moved_leaf(rates, *arguments) for arguments in zip(leaves, *rest, keys, strict=True)]
         steps, exponent, carried = (structure.unflatten(column) for column in zip(*results, strict=True))
         return steps, OnGridState(state.grid_step + 1, exponent, carried, inner_state)
@@ -131,44 +135,51 @@ def momentum_format(format: FloatFormat) -> FloatFormat | None:
 
 
 def moved(
-    w: Array, u: Array, m: Array, ulp: Array, rounded: Callable[[Array, Array], Array], b: Array, gain: Array
+    w: Array, u: Array, owed: Array, ulp: Array, rounded: Callable[[Array, Array], Array], take: Array, share: Array
 ) -> tuple[Array, Array, Array]:
-    """One step of a stored leaf with a momentum that carries the error of the rounding.
+    """One step of a stored leaf with a momentum, kept as what each weight owes: the sum of the moves still to come.
 
-        M <- b_t M + (1 - b_t) u;  owed = M + M / gain;  target = w + owed if that is at most a step, else w + M;
-        w' = round(target);  M <- M + gain (w + M - w')
+        move = share owed + take u;  owed = move / share
+        target = w + owed if that is at most a step, else w + move
+        w' = round(target);  owed <- owed - (w' - w)
 
-    with `b_t = b (1 - b**(t - 1)) / (1 - b**t)`, which makes M an average without a bias. M / gain is the sum of the
-    moves that M will make after this one. No rounding changes `w + M / gain`, which gains exactly u as soon as b_t is b
-    and the gain is 1 / b - 1. So an element that owes at most a step goes to the number nearest to its target and rests
-    there, at most half a step away. One that owes more moves by its momentum and is rounded stochastically.
+    With `take = share = 1 - b`, the limits of `_rates`, a move is the average of the updates with decay b, and
+    `w + owed` gains exactly u, however the weight is rounded. An element that owes at most a step goes to the number
+    nearest to its target and rests there, at most half a step away. One that owes more is rounded stochastically.
 
-    Weights w, updates u, momentum M and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`; b_t and
-    the gain are scalars; `rounded` takes targets and whether to round them to nearest. Returns targets, and the
-    momentum before and after it carries the error.
+    Weights w, updates u, owed and steps of the grid, `ulp`, are float32 in units of one scale, `[...]`; take and share
+    are scalars; `rounded` takes targets and whether to round them to nearest. Returns targets, and what is owed after
+    an exact move and after the rounded one.
     """
-    move = b * m + (1 - b) * u
+    move = share * owed + take * u
     # A division, because on a TPU a product would take one more kernel beside 8-bit second moments: 17 bytes, not 8.
-    owed = move + move / gain
+    owed = move / share
     near = jnp.abs(owed) <= ulp
     target = w + jnp.where(near, owed, move)
-    # Error of the movement, because the sum has lost what is below its own float32 ULP.
-    error = move - (rounded(target, near) - w)
-    return target, move, move + gain * error
+    # Minus the movement, because the sum has lost what is below its own float32 ULP.
+    return target, owed - move, owed - (rounded(target, near) - w)
 
 
-def _rates(b: jax.typing.ArrayLike, steps: Array) -> tuple[Array, Array]:
-    """b_t and the gain of the next step, after a number of steps."""
+def _rates(b: jax.typing.ArrayLike, steps: Array) -> tuple[Array, Array, Array]:
+    """After a number of steps: b_t and 1 - b_t of the average, and the share of the next move in all moves owed.
+
+    `b_t = b (1 - b**(t - 1)) / (1 - b**t)` makes the average unbiased.
+    """
     b, t = jnp.asarray(b, jnp.float32), steps.astype(jnp.float32) + 1
-    # 1 / gain is the sum of b**k (1 - b**t) / (1 - b**(t + k)) over k > 0: here as an integral, within 2 %.
-    x = b ** (t + 0.5)
-    return b * (1 - b ** (t - 1)) / (1 - b**t), (1 / b - 1) / (1 - b**t) * jnp.where(x < 1e-6, 1, -x / jnp.log1p(-x))
+    power = b**t
+    take = (1 - b) / (1 - power)
+    # 1 / share is the sum of b**k (1 - b**t) / (1 - b**(t + k)) over k >= 0: from the ninth on as an integral.
+    x = b ** (t + 7.5)
+    rest = b**8 / (1 - b) * jnp.where(x < 1e-6, 1, -jnp.log1p(-x) / x)
+    moves = sum((b**k / (1 - power * b**k) for k in range(8)), rest) * (1 - power)
+    return 1 - take, take, 1 / moves
 
 
 def _moved_leaf(rates, param, u, exponent, carried, key):
     """Update, next exponent and momentum of a leaf."""
     if not is_grid_array(param):
-        carried = None if carried is None else rates[0] * carried + (1 - rates[0]) * u.astype(carried.dtype)
+        keep, take, _ = rates
+        carried = None if carried is None else keep * carried + take * u.astype(carried.dtype)
         return u if carried is None else carried.astype(u.dtype), None, carried
     if carried is None:
         return *_without_momentum(param, u, exponent, key), None
@@ -176,13 +187,13 @@ def _moved_leaf(rates, param, u, exponent, carried, key):
 
 
 @jax.jit
-def _with_momentum(b, gain, param, u, exponent, carried, key):
+def _with_momentum(_, take, share, param, u, exponent, carried, key):
     before, u = _in_units(param, u, exponent)
     word, stored = random_words(key, param.shape), is_grid_array(carried)
-    m = carried
+    owed = carried
     if stored:  # Bounded, because the two exponents may be unrelated.
         change = jnp.clip(carried.exponent.astype(jnp.int32) - exponent.astype(jnp.int32), -126, 90)
-        m = decode(carried.index, 0, carried.format) * power_of_two(change)
+        owed = decode(carried.index, 0, carried.format) * power_of_two(change)
     index = jnp.zeros(param.shape, jnp.int32)
 
     def rounded(target, near):
@@ -190,17 +201,17 @@ def _with_momentum(b, gain, param, u, exponent, carried, key):
         index = encode(target, 0, param.grid, jnp.where(near, jnp.uint32(1 << 31), word))
         return decode(index, 0, param.grid)
 
-    target, early, m = moved(before, u, m, ulp(before, param.grid), rounded, b, gain)
-    reach = jnp.maximum(magnitude(target), magnitude(early * 2.0**_BELOW))
+    target, expected, owed = moved(before, u, owed, ulp(before, param.grid), rounded, take, share)
+    reach = jnp.maximum(magnitude(target), magnitude(expected * 2.0**_BELOW))
     reach = jnp.where(jnp.isfinite(target), reach, 0)
     indices = [(index, param.index.dtype)]
     if stored:
-        indices += [(encode(m, 0, carried.format, second_word(word)), carried.index.dtype)]
+        indices += [(encode(owed, 0, carried.format, second_word(word)), carried.index.dtype)]
     (index, *kept), level = with_level(indices, reach, exponent.shape, param.format)
-    m = dataclasses.replace(carried, index=kept[0], exponent=exponent) if stored else m
+    owed = dataclasses.replace(carried, index=kept[0], exponent=exponent) if stored else owed
     # At most so far that the momentum, whose numbers end `_BELOW` binades lower, still holds a step of its weights.
     shrinkage = max(1, param.grid.maxexp - 1 - param.grid.minexp + param.grid.mantissa_bits - _BELOW)
-    return *_update(param, index, exponent, level, shrinkage), m
+    return *_update(param, index, exponent, level, shrinkage), owed
 
 
 @jax.jit
@@ -233,12 +244,29 @@ def _update(param: GridArray, index: Array, exponent: Array, level: Array, shrin
     return update, followed(exponent, level, weight_rule(param.format, shrinkage), param.grid, jnp.uint32(0))
 
 
-def _initial(param: Any) -> Any:
-    """A momentum of zeros."""
-    format = momentum_format(param.format) if is_grid_array(param) else None
-    if format is None:
+@jax.jit
+def _initial(param: Any, key: Array) -> Any:
+    """What is owed before the first step: nothing by floats and zeros, by others a random part of half a step.
+
+    A stored number stands for all that round to it. If each weight were in the middle of that interval, movements below
+    half a step would not show; from a random place they show in a share of the weights, and in their mean.
+    """
+    if not is_grid_array(param):
         return jnp.zeros(np.shape(param), jnp.float32)
-    return GridArray(jnp.zeros(param.shape, index_dtype(format)), jnp.array(param.exponent), format)
+    format, w = momentum_format(param.format), param.value(jnp.float32, full=True) / param.scale
+    part = ((random_words(key, param.shape) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23 - 0.5
+    # Below a power of two the steps are half as wide.
+    step = ulp(jnp.where(part * w < 0, w * (1 - 2.0**-24), w), param.grid)
+    owed = jnp.where(jnp.abs(w) > 0, 0.99 * part * step, 0)  # 0 for NaN too.
+    index = jnp.zeros(param.shape, jnp.int32)
+    if format is not None:
+        index = encode(owed, 0, format, index.astype(jnp.uint32))  # Rounded towards 0.
+        owed = decode(index, 0, format)
+    # In the finest grids the sum may round to half a step: nothing moves before an update does.
+    stays = encode(w + owed, 0, param.grid) == param.index
+    if format is None:
+        return jnp.where(stays, owed * param.scale, 0)
+    return GridArray(jnp.where(stays, index, 0).astype(index_dtype(format)), jnp.array(param.exponent), format)
 
 
 def _check_extra(extra_args: dict[str, Any]) -> None:

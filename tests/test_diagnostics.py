@@ -149,14 +149,12 @@ class TestShares:
 
     def test_of_a_whole_state(self):
         """Moments are read in it, and step counters and exponents are left out."""
-        tx, params = (
-            ag.grid_adamw(0.5, second_moment="8bit"),
-            ag.to_grid(jax.random.normal(jax.random.key(0), (64, 64))),
-        )
+        tx = ag.grid_adamw(5.0, second_moment="8bit")
+        params = ag.to_grid(jax.random.normal(jax.random.key(0), (64, 64)))
         updates, state = tx.update(jnp.ones((64, 64)), tx.init(params), params)
         moments = [state.inner_state.momentum, state.inner_state.inner_state[0].nu]
         saturated = sum(int((jnp.abs(m.index.astype(jnp.int32)) == m.format.max_index).sum()) for m in moments)
-        assert saturated > 0  # The momentum of 0.5 is beyond a 32nd of the largest number of most rows.
+        assert saturated > 0  # A momentum that owes 10 is beyond a quarter of the largest number of most rows.
         assert float(diagnostics.saturation_share(state)) == np.float32(saturated / (2 * 64 * 64))
         after = optax.apply_updates(params, updates)
         _, later = tx.update(jnp.ones((64, 64)), state, after)
