@@ -257,7 +257,8 @@ def _initial(param: Any, key: Array) -> Any:
     part = ((random_words(key, param.shape) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23 - 0.5
     # Below a power of two the steps are half as wide.
     step = ulp(jnp.where(part * w < 0, w * (1 - 2.0**-24), w), param.grid)
-    owed = jnp.where(jnp.abs(w) > 0, 0.99 * part * step, 0)  # 0 for NaN too.
+    # A float32 momentum, which is not on a grid itself, keeps clear of the half.
+    owed = jnp.where(jnp.abs(w) > 0, part * step * (1 if format else 0.99), 0)  # 0 for NaN too.
     index = jnp.zeros(param.shape, jnp.int32)
     if format is not None:
         index = encode(owed, 0, format, index.astype(jnp.uint32))  # Rounded towards 0.
