@@ -152,8 +152,9 @@ def moved(
     an exact move and after the rounded one.
     """
     move = share * owed + take * u
-    # A division, because on a TPU a product would take one more kernel beside 8-bit second moments: 17 bytes, not 8.
-    owed = move / share
+    # Not a product, with which a TPU takes one more kernel beside 8-bit second moments, 17 bytes instead of 8, and not
+    # `move / share`, which a CPU writes out, 8 temporary bytes instead of 4.
+    owed = move + move / (share / (1 - share))
     near = jnp.abs(owed) <= ulp
     target = w + jnp.where(near, owed, move)
     # Minus the movement, because the sum has lost what is below its own float32 ULP.
@@ -198,7 +199,8 @@ def _with_momentum(_, take, share, param, u, exponent, carried, key):
 
     def rounded(target, near):
         nonlocal index
-        index = encode(target, 0, param.grid, jnp.where(near, jnp.uint32(1 << 31), word))
+        # From a little above a half: an element that owes half a step rests, and does not go to and fro.
+        index = encode(target, 0, param.grid, jnp.where(near, jnp.uint32((1 << 31) - (1 << 10)), word))
         return decode(index, 0, param.grid)
 
     target, expected, owed = moved(before, u, owed, ulp(before, param.grid), rounded, take, share)
