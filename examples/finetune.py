@@ -87,7 +87,7 @@ def only_a_bias(path: tuple, _: Any) -> bool:
 
 
 ARMS = (
-    Arm("float32 AdamW", lambda params: params, lambda rate, seed: optax.adamw(rate)),
+    Arm("float32 AdamW", lambda params: params, lambda rate, seed: optax.adamw(rate, weight_decay=0.01)),
     # All matrices in float32 under the rule of grid_adamw: the difference to the next two is storage alone.
     Arm("float32 twin", functools.partial(ag.to_grid, fraction_bits=8, where=only_a_bias), ag.grid_adamw),
     Arm("three bytes", functools.partial(ag.to_grid, fraction_bits=8), ag.grid_adamw),

@@ -20,7 +20,7 @@ shapes = {"embedding": (len(characters), 16), "kernel_in": (128, 256), "kernel_o
 params = {k: jax.random.normal(jax.random.key(len(k)), (n, m)) / m**0.5 for k, (n, m) in shapes.items()}
 
 params = ag.to_grid(params)  # New.
-tx = ag.grid_adamw(optax.cosine_decay_schedule(1e-2, 1000))  # Instead of optax.adamw.
+tx = ag.grid_adamw(optax.cosine_decay_schedule(1e-2, 1000))  # Instead of optax.adamw(..., weight_decay=0.01).
 value_and_grad = ag.value_and_grad  # Instead of jax.value_and_grad.
 
 logits = lambda p, x: jnp.tanh(p["embedding"][x].reshape(-1, 128) @ p["kernel_in"]) @ p["kernel_out"]  # noqa: E731

@@ -70,7 +70,10 @@ class Arm(NamedTuple):
 
 def arms(schedule: optax.Schedule, format: ag.FloatFormat | None) -> list[Arm]:
     """AdamW and two bytes; with a format AdamW and ManifoldAdamW on float32 weights that it rounds too."""
-    result = [Arm("float32 AdamW", optax.adamw(schedule)), Arm("two bytes", ag.grid_adamw(schedule), stored=True)]
+    result = [
+        Arm("float32 AdamW", optax.adamw(schedule, weight_decay=0.01)),
+        Arm("two bytes", ag.grid_adamw(schedule), stored=True),
+    ]
     for name, aware in (("AdamW, rounded", False), ("ManifoldAdamW, rounded", True)) if format else ():
         tx = ag.manifold_adamw(schedule, format=format, manifold_aware=aware)
         result.append(Arm(name, tx, rounded=format))
@@ -178,7 +181,7 @@ def main() -> None:
     parser.add_argument("--text", type=pathlib.Path, help="UTF-8 file to learn; default: the help of CPython")
     parser.add_argument("--steps", type=int, default=1500, help=f"a multiple of {STEPS_PER_CALL}; default: %(default)s")
     parser.add_argument("--quick", dest="steps", action="store_const", const=100, help="the same as --steps 100")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule; default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=6e-3, help="peak of the schedule; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="the first one; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=1, help="how many to average over; default: %(default)s")
     parser.add_argument("--manifold", action="store_true", help="also AdamW and ManifoldAdamW on rounded weights")

@@ -270,6 +270,18 @@ class TestRest:
         steps = np.asarray(params.scale * ag.spacing(ag.from_grid(params, full=True) / params.scale, params.grid))
         assert (np.abs(ag.from_grid(state.momentum)) <= 0.51 * steps + 1e-9).mean() > 0.999
 
+    @pytest.mark.parametrize("b", [0.3, 0.5, 0.8, 0.9, 0.95, 0.99])
+    @pytest.mark.parametrize("half", [0.5, -0.5])
+    def test_where_half_a_step_is_owed(self, b, half):
+        """An element half-way between two numbers settles on one of them."""
+        params = ag.to_grid(1 + jnp.arange(1, 16)[None] / 16, scale=1.0)
+        tx = ag.on_grid(optax.scale(1.0), momentum=b)
+        state = mature(tx.init(params))
+        owed = ag.to_grid(jnp.full((1, 15), half / 16), state.momentum.format, scale=1.0)
+        state = state._replace(momentum=owed)
+        _, _, flips = scan(tx, params, state, jnp.zeros((200, 1, 15)))
+        assert flips.sum(0).max() <= 1
+
     @pytest.mark.parametrize(("steps", "arrives"), [(0.4, 1.0), (0.7, 1.125), (1.3, 1.125), (1.7, 1.25), (-2.3, 0.875)])
     def test_elements_arrive_at_the_nearest_number(self, steps, arrives):
         """Nearest to the target of one update, under a momentum that lasts while they owe more than a step."""
