@@ -3,6 +3,16 @@
 A small network learns the next character of CPython's help from the eight before it.
 
     $ python examples/minimal.py
+    step 250: validation loss 2.288
+    step 500: validation loss 2.119
+    step 750: validation loss 2.007
+    step 1000: validation loss 1.967
+    ['embedding']   (103, 16)   float8_e3m4  1.06
+    ['kernel_in']   (128, 256)  float8_e3m4  1.00
+    ['kernel_out']  (256, 103)  float8_e3m4  1.01
+    all                                      1.01
+
+AdamW in float32 ends at 1.975. The last table has the bytes per weight of the parameters.
 """
 
 import pydoc_data.topics
@@ -23,13 +33,17 @@ params = ag.to_grid(params)  # New.
 tx = ag.grid_adamw(optax.cosine_decay_schedule(1e-2, 1000))  # Instead of optax.adamw(..., weight_decay=0.01).
 value_and_grad = ag.value_and_grad  # Instead of jax.value_and_grad.
 
-logits = lambda p, x: jnp.tanh(p["embedding"][x].reshape(-1, 128) @ p["kernel_in"]) @ p["kernel_out"]  # noqa: E731
-nats = lambda p, w: optax.losses.softmax_cross_entropy_with_integer_labels(logits(p, w[:, :8]), w[:, 8]).mean()  # noqa: E731
-gradient, update, state = jax.jit(value_and_grad(nats)), jax.jit(tx.update), tx.init(params)
-for step, batch in enumerate(windows[:256_000].reshape(1000, 256, 9)):
+
+def loss_fn(params, windows):
+    hidden = jnp.tanh(params["embedding"][windows[:, :8]].reshape(-1, 128) @ params["kernel_in"])
+    return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["kernel_out"], windows[:, 8]).mean()
+
+
+gradient, update, state = jax.jit(value_and_grad(loss_fn)), jax.jit(tx.update), tx.init(params)
+for step, batch in enumerate(windows[:256_000].reshape(1000, 256, 9), start=1):
     loss, grads = gradient(params, batch)
     updates, state = update(grads, state, params)
     params = optax.apply_updates(params, updates)
-    if step % 250 == 249:
-        print(f"step {step + 1}: validation loss {nats(params, windows[-4096:]):.3f}")
+    if step % 250 == 0:
+        print(f"step {step}: validation loss {loss_fn(params, windows[-4096:]):.3f}")
 print(ag.diagnostics.storage(params))

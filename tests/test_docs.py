@@ -1,4 +1,4 @@
-"""Every Python block of README.md and docs/*.md runs, in the order of its page; what it prints is what the page shows."""
+"""Every Python block of README.md and docs/*.md runs, in the order of its page, and prints what the page shows."""
 
 import doctest
 import pathlib

@@ -9,18 +9,18 @@ Needs no TPU: `pip install -e ".[tpu]"`, then
     one matrix  manifold_adamw(format)           36.00 bytes,  49.0 operations per weight,  1 kernels
     one matrix  without the tracker              28.00 bytes,  35.0 operations per weight,  1 kernels
     one matrix  on_grid(optax.adamw)             22.01 bytes,  70.0 operations per weight,  1 kernels
-    one matrix  on_grid(momentum)                 6.01 bytes, 127.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, f32 second moment    25.01 bytes, 194.0 operations per weight,  2 kernels
-    one matrix  grid_adamw, 8bit                  8.02 bytes, 191.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 8bit, a schedule      8.02 bytes, 191.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 8bit, f32 gradients  19.02 bytes, 247.0 operations per weight,  2 kernels
+    one matrix  on_grid(momentum)                 6.01 bytes, 126.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, f32 second moment    25.01 bytes, 193.0 operations per weight,  2 kernels
+    one matrix  grid_adamw, 8bit                  8.02 bytes, 190.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, a schedule      8.02 bytes, 190.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, f32 gradients  19.02 bytes, 246.0 operations per weight,  2 kernels
     one matrix  grid_adamw, 8bit, 2-byte weight   8.01 bytes, 124.0 operations per weight,  1 kernels
-    one matrix  grid_adamw                        8.02 bytes, 141.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, a schedule            8.02 bytes, 141.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, float32 gradients    12.02 bytes, 139.0 operations per weight,  1 kernels
+    one matrix  grid_adamw                        8.02 bytes, 140.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, a schedule            8.02 bytes, 140.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, float32 gradients    12.03 bytes, 138.0 operations per weight,  1 kernels
     one matrix  grid_adamw, 2-byte weight         8.02 bytes,  74.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 8bit, vmap of 4      10.01 bytes, 209.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, vmap of 4            12.04 bytes, 160.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, vmap of 4      10.01 bytes, 208.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, vmap of 4            12.04 bytes, 159.0 operations per weight,  1 kernels
 
 and the same for 40 leaves, which takes minutes. The rows of `vmap` are over four layers of 8192 x 8192; a conditional
 becomes a choice of two results there.
