@@ -101,7 +101,7 @@ class TestInstead:
         params, mean = step(params, jax.tree.map(jnp.array, ag.from_grid(params)))
         same(mean, ag.from_grid(PARAMS))
 
-    def test_other_dtype(self):
+    def test_another_dtype(self):
         cast = ag.from_grid(PARAMS, jnp.bfloat16)
         assert cast["a"]["kernel"].dtype == jnp.bfloat16
         same(cast["a"]["kernel"].astype(jnp.float32), ag.from_grid(PARAMS)["a"]["kernel"])
@@ -175,8 +175,7 @@ class TestPartition:
         labels = {"a": "slow", "b": "fast"}
         after = stepped(optax.partition({"slow": ag.grid_adamw(1e-3), "fast": ag.grid_adamw(1e-1)}, labels))
         for name, rate in (("a", 1e-3), ("b", 1e-1)):
-            moved = after[name]["kernel"].value() - PARAMS[name]["kernel"].value()
-            np.testing.assert_allclose(float(moved.mean()), -2 * rate, rtol=0.2)
+            same(after[name], stepped(ag.grid_adamw(rate))[name])
 
     @pytest.mark.parametrize("second_moment", ["factored", "8bit", "float32"])
     def test_a_group_without_stored_leaves(self, second_moment):

@@ -38,7 +38,7 @@ def answer(study: Study) -> Section:
     compared = {arm.optimizer for arm in signs}
     blocks += [_variant(study, optimizer, signs) for optimizer in study.variants if optimizer in compared]
     blocks.append(
-        "AltGrad's hypotheses, each over the pairs of task and storage and, but for H3, the three ways to put the "
+        "AltGrad's hypotheses, each over the pairs of task and storage and, except for H3, the three ways to put the "
         "stiffness into AdamW:"
     )
     for name, found in _hypotheses(study).items():

@@ -132,7 +132,7 @@ def from_dict(fields: dict[str, Any]) -> StudyConfig:
     for name in fields:
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, 1)
-            raise ValueError(f"there is no field {name!r}" + (f": did you mean {near[0]!r}?" if near else "."))
+            raise ValueError(f"unknown field {name!r}" + (f": did you mean {near[0]!r}?" if near else "."))
     return StudyConfig(**{name: _as(defaults[name], name, value) for name, value in fields.items()})
 
 

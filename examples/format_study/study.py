@@ -40,7 +40,7 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "study.jsonl"
 
 
 def header(config: StudyConfig) -> dict[str, Any]:
-    """The first line of a file of results: what they depend on, but for the code."""
+    """The first line of a file of results: what they depend on, except the code."""
     data = {name: tasks.load(name).fingerprint() for name in config.tasks}
     return {"kind": "study", "config": dataclasses.asdict(config), "data": data, "jax": jax.__version__}
 
