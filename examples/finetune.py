@@ -115,7 +115,7 @@ def matrices(tree: optax.Params) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="of each run; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each arm, to average over; default: %(default)s")
     args = parser.parse_args()

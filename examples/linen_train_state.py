@@ -4,6 +4,8 @@ $ python examples/linen_train_state.py
 loss 0.6868 -> 0.0077, median |ULP position| 9e+06
 """
 
+import argparse
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ tx = optax.chain(
     optax.scale_by_adam(),
     optax.add_decayed_weights(0.01),
     optax.scale_by_learning_rate(0.01),
-    ag.track_ulp_position(),  # Last, as it must see the final update.
+    ag.track_ulp_position(),  # Last, because it must see the final update.
 )
 state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(1), x)["params"], tx=tx)
 
@@ -36,9 +38,19 @@ def train_step(state):
     return state.apply_gradients(grads=grads), loss
 
 
-losses = []
-for _ in range(500):
-    state, loss = train_step(state)
-    losses.append(float(loss))
-ulps = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(optax.tree.get(state, "ulp_position"))])
-print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, median |ULP position| {np.median(np.abs(ulps)):.0e}")
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print("compiling; 500 steps")
+    trained = state
+    losses = []
+    for _ in range(500):
+        trained, loss = train_step(trained)
+        losses.append(float(loss))
+    ulps = np.concatenate(
+        [np.ravel(leaf) for leaf in jax.tree.leaves(optax.tree.get(trained.opt_state, "ulp_position"))]
+    )
+    print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, median |ULP position| {np.median(np.abs(ulps)):.0e}")
+
+
+if __name__ == "__main__":
+    main()

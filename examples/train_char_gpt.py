@@ -177,7 +177,7 @@ def figure(runs: dict[str, list[Run]]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, help="UTF-8 file to learn; default: the help of CPython")
     parser.add_argument("--steps", type=int, default=1500, help=f"a multiple of {STEPS_PER_CALL}; default: %(default)s")
     parser.add_argument("--quick", dest="steps", action="store_const", const=100, help="the same as --steps 100")
