@@ -127,7 +127,7 @@ def flip_rate(update: Any, before: Any, after: Any) -> jax.Array:
 
 
 def ulp_distance(before: Any, after: Any, format: FormatLike | None = None) -> UlpDistance:
-    """Statistics of |after - before| / spacing(before), of trees; fraction bits do not change the spacing.
+    """Statistics of abs(after - before) / spacing(before), of trees; fraction bits do not change the spacing.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp

@@ -150,6 +150,14 @@ class GridArray:
         """The numbers, transposed."""
         return self.value().T
 
+    def reshape(self, *shape: Any) -> Array:
+        """The numbers in another shape."""
+        return self.value().reshape(*shape)
+
+    def transpose(self, *axes: Any) -> Array:
+        """The numbers, their axes permuted."""
+        return self.value().transpose(*axes)
+
     def __matmul__(self, other: Any) -> Array:
         return self.value() @ other
 

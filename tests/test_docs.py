@@ -1,10 +1,13 @@
 """Every Python block of README.md and docs/*.md runs, in the order of its page, and prints what the page shows."""
 
 import doctest
+import inspect
 import pathlib
 import re
 
 import pytest
+
+import altgrad_jax as ag
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -40,3 +43,14 @@ def test_readme_is_short():
     """At most 700 words, of everything except commands, code and the image's address."""
     text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     assert len(re.sub(r"\]\([^)]*\)", "]", text).split()) <= 700
+
+
+def test_every_public_name_is_listed():
+    """With the first line of its docstring."""
+    page = (ROOT / "docs" / "api.md").read_text()
+    functions = inspect.getmembers(ag.diagnostics, inspect.isfunction)
+    named = {name: getattr(ag, name) for name in ag.__all__ if name != "diagnostics"} | {
+        name: f for name, f in functions if f.__module__ == ag.diagnostics.__name__ and not name.startswith("_")
+    }
+    lines = {f"| `{name}` | {inspect.getdoc(thing).splitlines()[0]} |" for name, thing in named.items()}
+    assert {line for line in page.splitlines() if line.startswith("| `")} == lines

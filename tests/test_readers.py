@@ -45,6 +45,8 @@ READERS = {
     "concatenate": lambda q: jnp.concatenate([q, q]),
     "sum": jnp.sum,
     "T": lambda q: q.T,
+    "reshape": lambda q: q.reshape((1, -1)) + q.reshape(-1),
+    "transpose": lambda q: q.transpose() + q.transpose(*reversed(range(q.ndim))),
     "index": lambda q: q[2],
     "negative index": lambda q: q[-1],
     "indices": lambda q: q[IDS],
