@@ -62,8 +62,9 @@ def on_grid(
         rounding: "stochastic", or "nearest", under which a weight stands still while its updates are below half of its
             step: at a learning rate of 1e-5 most weights, also in two bytes.
         momentum: Decay rate, in (0, 1), of a momentum in one byte per weight, which carries the error of the rounding
-            (see `moved`). A weight at most a step from its target is rounded to nearest. All parameters have the
-            momentum, so `inner` must have none.
+            (see `moved`). A weight at most a step from its target is rounded to nearest. `init` draws each target at
+            random from the interval that rounds to its weight, so that small movements show in the mean. All parameters
+            have the momentum, so `inner` must have none.
         seed: Seed of the random words, a function of seed, step, path of the leaf and position of the element: they
             are the same on any sharding and after any restart, and in all lanes of `jax.vmap` and `jax.shard_map` if
             the seed is not mapped.
