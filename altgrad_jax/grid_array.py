@@ -510,7 +510,11 @@ def _row_exponent(x: Array, format: FloatFormat, grid: FloatFormat) -> Array:
     largest = jnp.max(jnp.where(rows < 255 << 23, rows, 0), initial=0)
     largest = jnp.where(largest == 0, np.float32(0.25).view(np.int32), largest)
     rows = jnp.where(rows == 0, largest, jnp.maximum(rows, largest - (_BELOW << 23)))
-    return fitted(rows, weight_rule(format), grid).astype(jnp.int8)
+    rule = weight_rule(format)
+    exponent = fitted(rows, rule, grid)
+    # Rounding may make a row full, which would grow with its first update and round its numbers again.
+    stored = decode(encode(lax.bitcast_convert_type(rows, jnp.float32), exponent, grid), exponent, grid)
+    return jnp.maximum(exponent, fitted(magnitude(stored), rule, grid)).astype(jnp.int8)
 
 
 def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> Array:

@@ -104,6 +104,18 @@ class TestRounding:
             *(ag.from_grid(s.momentum) for s in (state, tx.init(params))), rtol=1e-6, atol=1e-37
         )
 
+    @pytest.mark.parametrize("name", ["float8_e3m4", "float8_e4m3fn", "float8_e5m2", "E0M7", "E7M0", "float4_e2m1fn"])
+    @pytest.mark.parametrize("fraction_bits", [0, 8])
+    @pytest.mark.parametrize("momentum", [None, 0.9])
+    def test_rows_that_were_just_stored_rest(self, name, fraction_bits, momentum):
+        """Also where rounding took their largest element to the level at which rows grow."""
+        params = ag.to_grid(jax.random.normal(jax.random.key(0), (1000, 64)), name, fraction_bits=fraction_bits)
+        after, _, flips = scan(
+            tx := ag.on_grid(optax.set_to_zero(), momentum=momentum), params, tx.init(params), jnp.zeros((6, 1000, 64))
+        )
+        assert not flips.any()
+        np.testing.assert_array_equal(after.exponent, params.exponent)
+
     def test_moves_from_every_number_to_every_other(self):
         format = ag.as_format("float8_e4m3fn")
         old, new = (a.astype(np.int8) for a in np.meshgrid(np.arange(-126, 127), np.arange(-126, 127)))
