@@ -128,7 +128,7 @@ def on_grid(
 
 
 def momentum_format(format: FloatFormat) -> FloatFormat | None:
-    """The format of the momentum of weights: E3M4, 1/32 of their range; None for bfloat16: its exponents are fixed."""
+    """The format of the momentum of weights: E3M4, a quarter of their range; None for bfloat16: its exponents are fixed."""
     if len(set(exponent_range(format))) == 1:
         return None
     top = format.maxexp - 1 - _BELOW
@@ -267,7 +267,7 @@ def _initial(param: Any, key: Array) -> Any:
         index = encode(owed, 0, format, index.astype(jnp.uint32))  # Rounded towards 0.
         owed = decode(index, 0, format)
     # In the finest grids the sum may round to half a step: nothing moves before an update does.
-    stays = encode(w + owed, 0, param.grid) == param.index
+    stays = encode(w + owed, 0, param.grid) == param.index.astype(jnp.int32)
     if format is None:
         return jnp.where(stays, owed * param.scale, 0)
     return GridArray(jnp.where(stays, index, 0).astype(index_dtype(format)), jnp.array(param.exponent), format)

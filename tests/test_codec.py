@@ -124,13 +124,13 @@ class TestUnsigned:
 
 
 class TestMomentumFormat:
-    """Eight bits whose largest number is 31/16 of a 32nd of the weights' top binade."""
+    """Eight bits whose largest number is 31/16 of a quarter of the weights' top binade."""
 
     @pytest.mark.parametrize("name", oracle.EIGHT_BIT_NAMES)
     def test_of_every_format(self, name):
         weights, momentum = ag.as_format(name), momentum_format(ag.as_format(name))
         assert (momentum.bits, momentum.max_index, index_dtype(momentum)) == (8, 127, np.int8)
-        assert momentum.max == 31 / 16 * 2.0 ** (weights.maxexp - 1) / 32
+        assert momentum.max == 31 / 16 * 2.0 ** (weights.maxexp - 1) / 4
 
     def test_of_a_format_without_exponents(self):
         assert momentum_format(ag.as_format("bfloat16")) is None

@@ -81,7 +81,7 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"setps": 64}, "no field 'setps': did you mean 'steps'"),
+            ({"setps": 64}, "unknown field 'setps': did you mean 'steps'"),
             ({"steps": "many"}, "steps must be like 640, got 'many'"),
             ({"seeds": True}, "seeds must be like 20, got True"),
             ({"steps": 12}, "multiple of segments"),
