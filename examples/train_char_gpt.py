@@ -5,12 +5,12 @@ the numbers a little, and so does the CPU.
 
     $ pip install -e ".[examples]" && python examples/train_char_gpt.py
                             validation loss   weights and state   peak of a step   time per step
-    float32 AdamW                1.297 nats             5.18 MB         41.52 MB         30.7 ms
-    two bytes                    1.281 nats             0.95 MB         38.00 MB         31.6 ms
+    float32 AdamW                1.297 nats             5.18 MB         41.52 MB         19.9 ms
+    two bytes                    1.281 nats             0.95 MB         38.00 MB         21.1 ms
     picture: out/train_char_gpt.png
 
 (CPython 3.11, jax 0.10, two CPU cores, 100 s.) The learning rate is AdamW's: at half, twice and a quarter of it AdamW
-ends at 1.305, 1.374 and 1.376. Activations take most of the peak of so small a model. `--manifold` adds AdamW and
+ends at about 1.31, 1.37 and 1.38. Activations take most of the peak of so small a model. `--manifold` adds AdamW and
 ManifoldAdamW on weights that the forward pass rounds:
 
     AdamW, rounded               1.297 nats             6.90 MB         45.66 MB         32.4 ms
