@@ -182,6 +182,7 @@ def figure(runs: dict[str, list[Run]]) -> Figure:
         left.bar_label(left.bar(name.replace(" ", "\n"), megabytes, color=color), [f"{megabytes:.2f}"])
         validation = np.mean([run.losses[:, 1] for run in of_seeds], axis=0)
         right.plot(STEPS_PER_CALL * np.arange(1, len(validation) + 1), validation, color=color, label=name)
+    left.margins(y=0.12)
     left.set(ylabel="MB", title="Weights and optimizer state")
     right.set(xlabel="step", ylabel="nats per character", title="Validation loss")
     right.grid(alpha=0.3)
