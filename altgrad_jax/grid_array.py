@@ -267,7 +267,7 @@ def to_grid(
             `diagnostics.storage` shows what became of each.
         scale: Powers of two by which the format is multiplied: a number for all leaves, or a tree like params of
             numbers and arrays that broadcast against the leaves. Default: for every row (along the last axis; the last
-            two if that has fewer than 8 elements) the smallest scale for which its largest magnitude is below half of
+            two if that has fewer than 8 elements) the smallest scale for which its largest number is below half of
             the largest number (seven eighths in a uniform format), but at least 2**-10 of the scale of the largest row.
             Rows of zeros get the scale of the largest row, arrays of zeros that of an array of 1/4. A GridArray of the
             format keeps its own.

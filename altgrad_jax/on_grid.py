@@ -128,7 +128,7 @@ def on_grid(
 
 
 def momentum_format(format: FloatFormat) -> FloatFormat | None:
-    """The format of the momentum: E3M4, a quarter of their range; None for bfloat16, whose exponents are fixed."""
+    """Format of the momentum: E3M4, a quarter of the weights' range; None for bfloat16, whose exponents are fixed."""
     if len(set(exponent_range(format))) == 1:
         return None
     top = format.maxexp - 1 - _BELOW
