@@ -6,15 +6,15 @@ weights that are never rounded.
 
     $ python examples/grid_training.py
     optimizer          trained      loss, float32   loss, grid   bytes per weight   seconds
-    adamw, 1 byte      with_linen           2.128        2.122               2.09      15.3
-    adamw, 1 byte      with_nnx             2.110        2.113               2.09      10.7
-    lion, 2 bytes      with_nnx             2.099        2.109               3.03       7.8
-    sgd, 2 bytes       with_nnx             2.185        2.186               3.03       6.7
-    muon, 2 bytes      with_linen           1.949        1.981               3.03       8.1
-    combined, 2 bytes  with_linen           2.129        2.131               4.05       6.2
-    halved, 2 bytes    with_linen           2.209        2.208               8.05       5.2
+    adamw, 1 byte      with_linen           2.128        2.122               2.09       6.0
+    adamw, 1 byte      with_nnx             2.110        2.114               2.09       2.6
+    lion, 2 bytes      with_nnx             2.099        2.109               3.03       2.3
+    sgd, 2 bytes       with_nnx             2.185        2.186               3.03       1.7
+    muon, 2 bytes      with_linen           1.949        1.981               3.03       2.4
+    combined, 2 bytes  with_linen           2.129        2.131               4.05       2.2
+    halved, 2 bytes    with_linen           2.209        2.208               8.05       1.5
 
-(CPython 3.11, jax 0.10, two CPU cores, 90 s in all; the seconds are of the grid, mostly compilation.) Embeddings stay
+(CPython 3.11, jax 0.10, two CPU cores, 40 s in all; the seconds are of the grid, mostly compilation.) Embeddings stay
 in float32. The momentum of `grid_adamw` is in LaProp's order, behind a second moment of means over rows and columns.
 `combined` skips what is not finite, clips, and decays the kernels alone, all inside of `on_grid`, and `halved` is adamw
 of every two batches, whose float32 sums take 4 bytes.
