@@ -256,7 +256,7 @@ def _initial(param: Any, key: Array) -> Any:
     """
     if not is_grid_array(param):
         return jnp.zeros(np.shape(param), jnp.float32)
-    format, w = momentum_format(param.format), param.value(jnp.float32, full=True) / param.scale
+    format, w = momentum_format(param.format), decode(param.index, 0, param.grid)
     part = ((random_words(key, param.shape) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23 - 0.5
     # Below a power of two the steps are half as wide.
     step = ulp(jnp.where(part * w < 0, w * (1 - 2.0**-24), w), param.grid)

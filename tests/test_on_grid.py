@@ -234,6 +234,20 @@ class TestMomentum:
         assert abs(gained.mean() - 300 * rate) < 5 * noise + 0.01 * 300 * rate
         assert noise < 0.1 * 300 * rate
 
+    def test_starts_anywhere_in_the_interval_that_rounds_to_a_weight(self):
+        """Half a step, and below a power of two, where steps are half as wide, half of that; 0 stays 0."""
+        for weight, low, high in ((1.0, -0.25, 0.5), (1.25, -0.5, 0.5), (-1.0, -0.5, 0.25)):
+            params = ag.to_grid(jnp.full((64, 64), weight), "float8_e4m3fn", scale=2.0**-7)
+            owed = np.asarray(ag.on_grid(optax.sgd(1.0), momentum=0.9).init(params).momentum) / 2.0**-3
+            assert low < owed.min() < 0.9 * low
+            assert 0.9 * high < owed.max() < high
+            # Half of the weights on either side, evenly except for the rounding towards 0.
+            for side in (low, high):
+                inside = owed[owed * side > 0] / side
+                np.testing.assert_allclose([inside.mean(), inside.std()], [0.5, 12**-0.5], atol=0.03)
+        params = ag.to_grid(jnp.zeros((64, 64)))
+        assert not np.asarray(ag.on_grid(optax.sgd(1.0), momentum=0.9).init(params).momentum).any()
+
     @pytest.mark.parametrize("share", [0.01, 0.1, 0.4])
     def test_shows_movements_that_are_a_part_of_a_step(self, share):
         """In the mean, from numbers that were stored just now: a number stands for all that round to it."""
@@ -438,6 +452,16 @@ class TestExponents:
 
 class TestDeterminism:
     """The random bits are a function only of seed, step, path and position."""
+
+    def test_seeds_and_leaves_start_apart(self):
+        x = jnp.full((64, 64), 1.01)
+        params = ag.to_grid({"a": x, "b": x})
+        starts = [ag.on_grid(optax.sgd(1.0), momentum=0.9, seed=seed).init(params).momentum for seed in (0, 1, 0)]
+        chex.assert_trees_all_equal(starts[0], starts[2])
+        drawn = [np.asarray(start[name]) for start in starts[:2] for name in ("a", "b")]
+        for i, one in enumerate(drawn):
+            for other in drawn[:i]:
+                assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.1
 
     def test_seeds_steps_and_leaves_differ(self):
         x = jnp.full((64, 64), 1.01)
