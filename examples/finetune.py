@@ -9,7 +9,7 @@ is a GRU encoder and a GRU decoder of 834,890 weights. The new task is to say th
     float32 AdamW                     12.00   2.018    1.2704    0.3546    0.2923
     float32 twin                       8.04   2.018    1.1717    0.3467    0.2984
     three bytes                        3.07   2.018    1.1701    0.3467    0.2996
-    two bytes                          2.07   2.017    1.1614    0.3444    0.2891
+    two bytes                          2.07   2.017    1.1613    0.3443    0.2889
 
 and the movement of each matrix beside that of its float32 twin, the same optimizer with float32 matrices (CPython 3.11,
 jax 0.10, two CPU cores; two minutes per seed, one seed by default). The data of the packages are read, and their code
