@@ -8,7 +8,7 @@ Needs no TPU: `pip install -e ".[tpu]"`, then
     8bit, from_grid           7.09
     8bit                      5.05
     factored                  4.05
-    b1=0, 2-byte weight       4.05
+    b1=0, 2-byte weight       4.10
     factored,  4 unrolled     3.21
     factored,  8 unrolled     2.65
     factored, 16 unrolled     3.20
