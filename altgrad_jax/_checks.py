@@ -17,8 +17,8 @@ def check_number(name: str, value: Any, interval: str, *, integer: bool = False)
                 "hyperparam_dtype=jnp.float32, because its default is that of the first leaf, here an integer dtype."
             )
         return
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()  # A bfloat16 of NumPy is no numbers.Real.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number in {interval}, got {value!r}.")
     number, (low, high) = float(value), map(float, interval[1:-1].split(","))
@@ -28,6 +28,12 @@ def check_number(name: str, value: Any, interval: str, *, integer: bool = False)
         raise ValueError(f"{name} must be in {interval}, got {value}.")
     if integer and number != int(number):
         raise ValueError(f"{name} must be an integer, got {value}.")
+
+
+def check_static(name: str, value: Any) -> None:
+    """Raises if an argument that shapes the program is an array, as under optax.inject_hyperparams."""
+    if isinstance(value, jax.Array):
+        raise TypeError(f"{name} must be a number, got {value}: name it in the static_args of inject_hyperparams.")
 
 
 def check_float_leaves(transformation: str, name: str, tree: Any) -> None:

@@ -49,6 +49,14 @@ def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.where(normal, scaled, 0), x)
 
 
+def largest(x: jax.Array, axis: int | tuple[int, ...] | None = None, *, keepdims: bool = False) -> jax.Array:
+    """The largest |x|, 0 without elements, NaN if there is one."""
+    # By its bits, because XLA:CPU (jax 0.10) loses NaN in the maximum of a matrix of 64 x 64 or more.
+    integer = _INTEGERS[jnp.finfo(x.dtype).bits]
+    bits = lax.bitcast_convert_type(x, integer) & jnp.iinfo(integer).max
+    return lax.bitcast_convert_type(jnp.max(bits, axis=axis, keepdims=keepdims, initial=0), x.dtype)
+
+
 def as_real(x: jax.typing.ArrayLike, name: str = "x") -> jax.Array:
     """Casts to the dtype of the computation, float32 or float64, without rounding."""
     if not (hasattr(x, "dtype") or isinstance(x, int | float | complex)):

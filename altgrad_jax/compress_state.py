@@ -1,7 +1,6 @@
 """Any Optax transformation, with its moments in 8 bits."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +9,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from altgrad_jax._checks import check_number
+from altgrad_jax._checks import check_number, check_static
 from altgrad_jax._floats import as_real, power_of_two
 from altgrad_jax.codec import encode, exponent_range, index_dtype, magnitude
 from altgrad_jax.formats import FloatFormat, as_format
-from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array, rejoined
+from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array, is_split, rejoined
 from altgrad_jax.random_words import leaf_keys, random_words
 from altgrad_jax.scales import EMPTY, UNSET, fitted, followed, moment_rule, row_maximum, row_shape, with_level
 
@@ -93,7 +92,8 @@ def compress_state(
         structure = jax.tree.structure(state.inner_state, is_leaf=_is_moment)
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.inner_state, is_leaf=_is_moment)]
         leaves, exponents = map(structure.flatten_up_to, (state.inner_state, state.exponent))
-        ours = [i for i, exponent in enumerate(exponents) if exponent is not None]
+        # `optax.tree.set` also sets the fields of that name in the tree of exponents.
+        ours = [i for i, leaf in enumerate(leaves) if _is_moment(leaf) and exponents[i] is not None]
         moments = [rejoined(leaves[i], FIRST, SECOND) for i in ours]
         gradients = _gradients([paths[i] for i in ours], updates)
         exponents = _first_exponents([exponents[i] for i in ours], lax.stop_gradient(gradients), moments)
@@ -207,7 +207,7 @@ def _gradients(paths: list, updates: Any) -> list[jax.Array]:
 
 def _is_moment(node: Any) -> bool:
     """Whether a node of a state is a GridArray, or the mapping that flax.nnx.Optimizer makes of one."""
-    return is_grid_array(node) or (isinstance(node, Mapping) and set(node) == {"index", "exponent"})
+    return is_grid_array(node) or is_split(node)
 
 
 def _check_arguments(first: Any, second: Any, seed: Any, min_size: Any) -> None:
@@ -217,6 +217,5 @@ def _check_arguments(first: Any, second: Any, seed: Any, min_size: Any) -> None:
     if set(first) & set(second):
         raise ValueError(f"first and second must not share names, got {sorted(set(first) & set(second))} in both.")
     check_number("seed", seed, "[0, 4294967295]", integer=True)
-    if isinstance(min_size, jax.Array):
-        raise TypeError(f"min_size must be a number, got {min_size}: name it in the static_args of inject_hyperparams.")
+    check_static("min_size", min_size)
     check_number("min_size", min_size, "[0, inf)")

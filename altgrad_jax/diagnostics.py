@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from altgrad_jax._checks import check_number
-from altgrad_jax._floats import as_real
+from altgrad_jax._floats import as_real, largest
 from altgrad_jax.codec import decode, encode, narrowed
 from altgrad_jax.formats import FloatFormat, FormatLike, as_format, own_format
 from altgrad_jax.grid import scaled_ulp
@@ -141,7 +141,7 @@ def ulp_distance(before: Any, after: Any, format: FormatLike | None = None) -> U
 
     ulps = _joined(leaf, before, after)
     median, p99 = jnp.quantile(ulps, jnp.array([0.5, 0.99]))
-    return UlpDistance(jnp.mean(ulps), median, p99, jnp.max(ulps), jnp.mean(ulps == 0))
+    return UlpDistance(jnp.mean(ulps), median, p99, largest(ulps), jnp.mean(ulps == 0))
 
 
 def grid_alignment(x: Any, format: FormatLike, scale: ArrayLike = 1.0) -> GridAlignment:
@@ -159,7 +159,7 @@ def grid_alignment(x: Any, format: FormatLike, scale: ArrayLike = 1.0) -> GridAl
         return jnp.abs(x - scale * round_nearest(x / scale, format)) / scaled_ulp(x, format, scale)
 
     ulps = _joined(leaf, x)
-    return GridAlignment(jnp.mean(ulps), jnp.max(ulps), jnp.mean(ulps == 0))
+    return GridAlignment(jnp.mean(ulps), largest(ulps), jnp.mean(ulps == 0))
 
 
 def gradient_stiffness(gradients: Any, params: Any, format: FormatLike | None = None) -> GradientStiffness:
@@ -251,7 +251,7 @@ def stable_rank(x: jax.Array) -> jax.Array:
         Array(1.5, dtype=float32)
     """
     squares = _spectrum(x) ** 2
-    return jnp.sum(squares, axis=-1) / jnp.max(squares, axis=-1)
+    return jnp.sum(squares, axis=-1) / largest(squares, -1)
 
 
 def effective_rank(x: jax.Array) -> jax.Array:

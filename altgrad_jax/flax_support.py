@@ -1,7 +1,7 @@
 """GridArrays in Flax: import this module to store and restore them, and for models of Flax nnx.
 
-`flax.serialization` restores a GridArray into one of the same format, fraction bits, shape and dtype; another target is
-refused. `altgrad_jax.value_and_grad` of a function of `nnx` models differentiates with respect to their `nnx.Param`s,
+`flax.serialization` restores a GridArray into one of the same format, fraction bits, shape and dtype; another target,
+and numbers that the format does not have, are refused. `altgrad_jax.value_and_grad` of a function of `nnx` models differentiates with respect to their `nnx.Param`s,
 stored or not, and gives a State, as `nnx.value_and_grad` does. What the function changes in other variables stays
 changed; Params are put back. Models must be positional arguments.
 
@@ -21,11 +21,12 @@ import jax
 from flax import nnx, serialization
 
 from altgrad_jax.gradients import STATEFUL, deeper, places, slots_of, with_slots, without_slots
-from altgrad_jax.grid_array import GridArray
+from altgrad_jax.grid_array import VERSION, GridArray, check_range
 
 
 def _described(param: GridArray) -> dict[str, Any]:
-    return {"format": param.format.name, "fraction_bits": param.fraction_bits, "dtype": str(param.dtype)}
+    fields = {"version": VERSION, "format": param.format.label, "fraction_bits": param.fraction_bits}
+    return fields | {"dtype": str(param.dtype)}
 
 
 def _to_state_dict(param: GridArray) -> dict[str, Any]:
@@ -36,9 +37,9 @@ def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
     if not isinstance(state, dict) or "exponent" not in state:
         raise ValueError("the stored object is not a GridArray: restore it into an array and store that with to_grid.")
     for field, wanted in _described(target).items():
-        if state[field] != wanted:
+        if state.get(field) != wanted:
             raise ValueError(
-                f"the stored {field} is {state[field]!r} but that of the target {wanted!r}: make it match."
+                f"the stored {field} is {state.get(field)!r} but that of the target {wanted!r}: make it match."
             )
     for field in ("index", "exponent"):
         stored, wanted = state[field], getattr(target, field)
@@ -47,7 +48,9 @@ def _from_state_dict(target: GridArray, state: dict[str, Any]) -> GridArray:
                 f"the stored {field} is {stored.dtype}{stored.shape} but that of the target "
                 f"{wanted.dtype}{wanted.shape}: make it match."
             )
-    return dataclasses.replace(target, index=state["index"], exponent=state["exponent"])
+    restored = dataclasses.replace(target, index=state["index"], exponent=state["exponent"])
+    check_range(restored, "the stored GridArray")
+    return restored
 
 
 def _value_and_grad(fun: Callable, argnums: int | Sequence[int], has_aux: bool, dtype: Any) -> Callable:

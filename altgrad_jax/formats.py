@@ -103,6 +103,14 @@ class FloatFormat:
         return dataclasses.replace(self, name=name, mantissa_bits=mantissa_bits)
 
     @property
+    def label(self) -> str:
+        """The name, and for formats that `as_format` does not know by it also what tells them from others."""
+        if (_DTYPE_FORMATS | _ALTGRAD_FORMATS).get(self.name) == self:
+            return self.name
+        sign = "s" if self.signed else "u"
+        return f"{self.name}_{sign}{self.exponent_bits}_{self.mantissa_bits}_{self.bias}_{self.max_index}"
+
+    @property
     def dtype(self) -> np.dtype | None:
         """The dtype that has this name and these numbers, or None."""
         return jnp.dtype(self.name) if _DTYPE_FORMATS.get(self.name) == self else None

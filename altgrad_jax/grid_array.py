@@ -15,6 +15,7 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.tree_util import GetAttrKey
 from jax.typing import DTypeLike
 
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree, fits
@@ -32,17 +33,19 @@ _FLOAT32 = np.dtype("float32")
 _BELOW = 10
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["index", "exponent"],
-    meta_fields=["format", "fraction_bits", "dtype"],
-)
+# The version of what the integers mean: of the codec, the index of NaN, the exponents.
+VERSION = 1
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class GridArray:
     """An array of numbers of a scaled format, stored as integers: their positions on the grid and its exponents.
 
     The element with index `i` is `2**exponent * value(i / 2**fraction_bits, format)`. A pytree of two integer arrays:
-    `optax.apply_updates` adds whole steps, and the change of the exponents, to it. Made by `to_grid`.
+    `optax.apply_updates` adds whole steps, and the change of the exponents, to it. Made by `to_grid`. Arrays of other
+    dtypes or shapes than these fields can have, such as indices that were scaled or averaged, raise where they are made
+    into a GridArray. Key paths name version, format and fraction bits, as in `kernel.index_v1_float8_e3m4+8`, so that
+    no checkpoint is restored into another format.
 
     For reading, it is an array of `dtype`: `jnp` functions, `np.asarray`, `@`, comparisons, indexing, `T` and Flax
     layers take it as it is and decode what they read; functions of `lax` and `jax.nn`, and ufuncs of NumPy, need
@@ -72,6 +75,9 @@ class GridArray:
     dtype: np.dtype = _FLOAT32
 
     __array_ufunc__ = None  # NumPy leaves operators to the other operand.
+
+    def __post_init__(self):
+        _check_fields(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -190,6 +196,61 @@ class GridArray:
             return f"{name}, shape={self.shape}, {self.index.dtype} + {exponents})"
         except AttributeError:  # Leaves that are not arrays, as in a tree of shardings.
             return f"{name}, index={self.index!r}, exponent={self.exponent!r})"
+
+
+def _check_fields(param: GridArray) -> None:
+    """Raises if the fields of a GridArray contradict each other, also where a transformation makes one.
+
+    JAX puts more than arrays into trees, and bools and float0.
+    """
+    if not isinstance(param.format, FloatFormat):
+        raise TypeError(f"format must be a FloatFormat, got {param.format!r}: convert it with as_format.")
+    wanted = _dtypes(param.format, param.fraction_bits)
+    if tuple(getattr(x, "dtype", None) for x in (param.index, param.exponent)) != wanted:
+        for name, array, dtype in zip(("index", "exponent"), (param.index, param.exponent), wanted, strict=True):
+            if not isinstance(array, jax.Array | np.ndarray) or array.dtype in (dtype, bool, jax.dtypes.float0):
+                continue
+            raise TypeError(
+                f"the {name} of a GridArray of {param.grid.name} must be of dtype {dtype}, got {array.dtype}: something "
+                "scaled, averaged, summed or cast its integers. What changes updates, such as optax.scale, "
+                "optax.lookahead or optax.contrib.schedule_free, belongs inside of on_grid; norms, averages and casts "
+                "of parameters need from_grid(params)."
+            )
+        return
+    given, shape = (getattr(x, "shape", None) for x in (param.exponent, param.index))
+    if given is None or shape is None:  # A description of an array.
+        return
+    if len(given) != len(shape) or any(have not in (1, full) for have, full in zip(given, shape, strict=True)):
+        raise ValueError(
+            "the exponent of a GridArray must in each dimension be as long as its index or 1, got shapes "
+            f"{given} and {shape}."
+        )
+
+
+@functools.cache
+def _dtypes(format: FloatFormat, fraction_bits: int) -> tuple[np.dtype, np.dtype]:
+    """Those of indices and exponents."""
+    return index_dtype(format.refined(fraction_bits)), np.dtype("int8")
+
+
+@functools.cache
+def _keys(format: FloatFormat, fraction_bits: int) -> tuple[GetAttrKey, GetAttrKey]:
+    """Names of the two arrays of a GridArray in key paths, which checkpoints take for names."""
+    return GetAttrKey(f"index_v{VERSION}_{format.label}+{fraction_bits}"), GetAttrKey("exponent")
+
+
+def _flatten(param: GridArray) -> tuple[tuple, tuple]:
+    return (param.index, param.exponent), (param.format, param.fraction_bits, param.dtype)
+
+
+def _flatten_with_keys(param: GridArray) -> tuple[tuple, tuple]:
+    children, fields = _flatten(param)
+    return tuple(zip(_keys(*fields[:2]), children, strict=True)), fields
+
+
+jax.tree_util.register_pytree_with_keys(
+    GridArray, _flatten_with_keys, lambda fields, children: GridArray(*children, *fields), _flatten
+)
 
 
 def _refused(name: str) -> Callable:
@@ -406,11 +467,17 @@ def signed_steps(updates: Any, params: Any) -> Any:
 
 
 def rejoined(node: Any, *formats: FloatFormat | None) -> Any:
-    """The GridArray of which `flax.nnx.Optimizer` made a mapping, in the format that has its index dtype."""
+    """The GridArray of which `flax.nnx.Optimizer` made a mapping, in the one of the formats that its names say."""
     if not isinstance(node, Mapping):
         return node
-    format = next(format for format in filter(None, formats) if index_dtype(format) == node["index"].dtype)
-    return GridArray(node["index"], node["exponent"], format)
+    named = ((format, [key.name for key in _keys(format, 0)]) for format in formats if format)
+    format, (index, exponent) = next((format, names) for format, names in named if set(names) == set(node))
+    return GridArray(node[index], node[exponent], format)
+
+
+def is_split(node: Any) -> bool:
+    """Whether a node of a tree is the mapping that `flax.nnx.Optimizer` makes of a GridArray."""
+    return isinstance(node, Mapping) and len(node) == 2 and "exponent" in node
 
 
 def checked_values(transformation: str, updates: Any, params: Any) -> Any:
@@ -434,14 +501,39 @@ def checked_values(transformation: str, updates: Any, params: Any) -> Any:
 
 
 def checked_params(params: Any) -> Any:
-    """Parameters to initialise a state from: zeros for shapes. Raises if a mask has split GridArrays."""
+    """Parameters to initialise a state from: zeros for shapes. Raises if a mask has split GridArrays, or out of range."""
     for path, leaf in zip(*flatten_stored(params)[:2], strict=True):
-        if is_grid_array(leaf) and _is_masked(leaf.index):
+        if not is_grid_array(leaf):
+            continue
+        name = f"the GridArray at params{jax.tree_util.keystr(path)}"
+        if _is_masked(leaf.index):
             raise ValueError(
-                f"got masks or labels for the parts of the GridArray at params{jax.tree_util.keystr(path)}: make the "
-                "tree of masks or labels from from_grid(params), which has one leaf for it."
+                f"got masks or labels for the parts of {name}: make the tree of masks or labels from "
+                "from_grid(params), which has one leaf for it."
             )
+        check_range(leaf, name)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, params)
+
+
+def check_range(param: GridArray, name: str) -> None:
+    """Raises if an exponent or an index is none of the format: those of an update, or of a file. Nothing under jit."""
+    if not all(isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer) for x in jax.tree.leaves(param)):
+        return
+    low, high = exponent_range(param.grid)
+    if not np.all(_legal(param)):
+        raise ValueError(
+            f"{name} has an exponent that is not from {low} to {high}, or an index that is neither from "
+            f"{-param.grid.max_index if param.grid.signed else 0} to {param.grid.max_index} nor that of NaN: it is no "
+            f"array of {param.grid.name}, but maybe an update, or of another format."
+        )
+
+
+@jax.jit
+def _legal(param: GridArray) -> Array:
+    low, high = exponent_range(param.grid)
+    index = param.index.astype(jnp.int32)
+    legal = (jnp.abs(index) <= param.grid.max_index) | param._is_nan
+    return jnp.all((low <= param.exponent) & (param.exponent <= high)) & jnp.all(legal)
 
 
 def _is_masked(leaf: Any) -> bool:

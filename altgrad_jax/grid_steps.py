@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from altgrad_jax._checks import check_number
+from altgrad_jax._checks import check_number, check_static
 from altgrad_jax._floats import as_real
 from altgrad_jax.codec import encode, nan_index, narrowed
 from altgrad_jax.formats import FloatFormat
@@ -46,6 +46,7 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
         >>> ag.from_grid(optax.apply_updates(params, updates))
         Array([[ 0.46875, -0.6875 ,  0.25   ]], dtype=float32)
     """
+    check_static("max_steps", max_steps)
     check_number("max_steps", max_steps, "[1, 1048576]", integer=True)
     check_number("seed", seed, "[0, 4294967295]", integer=True)
     whole = whole_steps(int(max_steps))
@@ -73,7 +74,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
     inner = optax.with_extra_args_support(inner)
 
     def update(updates, state, params=None, **extra_args):
-        return inner.update(updates, state, from_grid(params, full=True), **extra_args)
+        return inner.update(updates, state, checked_values("grid_sgd", updates, params), **extra_args)
 
     return optax.GradientTransformationExtraArgs(
         lambda params: inner.init(from_grid(checked_params(params), full=True)), update

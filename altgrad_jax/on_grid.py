@@ -1,6 +1,7 @@
 """Any Optax transformation, for parameters that are stored on a grid."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ _BELOW = 2
 class OnGridState(NamedTuple):
     """State of `on_grid`."""
 
-    grid_step: Array  # uint32, []: updates so far, modulo 2**32. It keys the random words.
+    grid_step: Array  # uint32, []: updates so far; 2**31 follows 2**32 - 1. It keys the random words.
     exponent: Any  # int8: the exponents that the GridArrays take in the next update; None for other leaves.
     # What each weight owes, the sum of the moves still to come: GridArrays of one byte, with the exponents of their
     # weights. Of other leaves the average of the updates, float32. Without a momentum Nones.
@@ -52,10 +53,16 @@ def on_grid(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains parameters that are stored on a grid with any Optax transformation.
 
-    Its updates become whole steps, which `optax.apply_updates` adds exactly. Belongs at the end of a chain:
-    anything after it, except `track_ulp_position`, would scale whole steps. `optax.apply_if_finite` and
-    `optax.MultiSteps` belong inside; a momentum also moves the weights in the steps that `MultiSteps` skips. In
-    `optax.partition`, stored weights that stay frozen need `on_grid(optax.set_to_zero())`.
+    Its updates become whole steps, which `optax.apply_updates` adds exactly. Belongs at the end of a chain and around
+    all that changes updates: `on_grid(optax.MultiSteps(inner, 4).gradient_transformation())`, and in the same way
+    `apply_if_finite`, `sam`, `schedule_free`. Outside they raise, as all that makes floats of whole steps does; but
+    `scale_by_schedule`, `apply_every`, `scale_by_sign`, `keep_params_nonnegative`, and `scale`, `clip` and `trace` by
+    an integer, keep integers and make wrong weights without an error. `track_ulp_position` may follow. A momentum also
+    moves the weights in the steps that `MultiSteps` skips. In `optax.partition`, stored weights that stay frozen need
+    `on_grid(optax.set_to_zero())`.
+
+    Leaves that are not stored take their updates as they are: bfloat16 ones stand still at small learning rates. Store
+    them too, by `to_grid(params, "bfloat16", where=...)`.
 
     Args:
         inner: The transformation whose updates are stored, learning rate and weight decay included.
@@ -94,7 +101,7 @@ def on_grid(
                 "fraction_bits=8 and leave out the momentum, which takes as many bytes."
             )
     check_number("seed", seed, "[0, 4294967295]", integer=True)
-    inner = optax.with_extra_args_support(inner)
+    takes_scale, inner = _takes_scale(inner), optax.with_extra_args_support(inner)
 
     def init(params):
         params = checked_params(params)
@@ -113,8 +120,9 @@ def on_grid(
     def update(updates, state, params=None, **extra_args):
         _check_extra(extra_args)
         floats = checked_values("on_grid", updates, params)
-        scales = map_stored(lambda p: p.scale if is_grid_array(p) else 1.0, params)
-        moves, inner_state = inner.update(updates, state.inner_state, floats, grid_scale=scales, **extra_args)
+        if takes_scale:
+            extra_args["grid_scale"] = map_stored(lambda p: p.scale if is_grid_array(p) else 1.0, params)
+        moves, inner_state = inner.update(updates, state.inner_state, floats, **extra_args)
 
         paths, leaves, structure = flatten_stored(params)
         rest = [structure.flatten_up_to(tree) for tree in (moves, state.exponent, state.momentum)]
@@ -122,7 +130,9 @@ def on_grid(
         rates = (0, 0, 0) if momentum is None else _rates(momentum, state.grid_step)
         results = [_moved_leaf(rates, *arguments) for arguments in zip(leaves, *rest, keys, strict=True)]
         steps, exponent, carried = (structure.unflatten(column) for column in zip(*results, strict=True))
-        return steps, OnGridState(state.grid_step + 1, exponent, carried, inner_state)
+        # The second half of the range repeats, because the first steps have a bias correction.
+        following = jnp.where(state.grid_step == np.uint32(2**32 - 1), np.uint32(2**31), state.grid_step + 1)
+        return steps, OnGridState(following, exponent, carried, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -271,6 +281,12 @@ def _initial(param: Any, key: Array) -> Any:
     if format is None:
         return jnp.where(stays, owed * param.scale, 0)
     return GridArray(jnp.where(stays, index, 0).astype(index_dtype(format)), jnp.array(param.exponent), format)
+
+
+def _takes_scale(inner: optax.GradientTransformation) -> bool:
+    """Whether the update takes the extra argument `grid_scale`. Some take only their own, such as `sam`."""
+    parameters = inspect.signature(inner.update).parameters.values()
+    return any(p.name == "grid_scale" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _check_extra(extra_args: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_jax._floats import as_real, floor_log2, ldexp, power_of_two
+from altgrad_jax._floats import as_real, floor_log2, largest, ldexp, power_of_two
 from altgrad_jax.codec import exponent_range
 from altgrad_jax.formats import FloatFormat, FormatLike, as_format
 
@@ -146,7 +146,7 @@ def power_of_two_scale(
                [2.000000e+00]], dtype=float32)
     """
     x, format = as_real(x), as_format(format)
-    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=axis is not None, initial=0.0)
+    amax = largest(x, axis, keepdims=axis is not None)
     info = jnp.finfo(x.dtype)
     exponent = floor_log2(amax)
     significand = ldexp(amax, -exponent)

@@ -1,7 +1,7 @@
 """The numbers of a format without the library: from ml_dtypes and from the PyTorch reference.
 
-The exact functions work on Fractions, one number at a time; `nearest_by_table` on float64, in which every number and
-every midpoint of a format of up to 16 bits is exact.
+The exact functions work on Fractions, one number at a time; `at_points`, which they validate for 8-bit formats, and
+`nearest_by_table` on float64, in which every number and every midpoint of a format of up to 16 bits is exact.
 """
 
 import functools
@@ -108,6 +108,22 @@ def as_float32(x: Fraction) -> np.float32:
     """Rounds once, to nearest-even: all Fractions of these tests are exact in float64."""
     assert Fraction(float(x)) == x
     return np.float32(float(x))
+
+
+def at_points(name: str) -> dict[str, np.ndarray]:
+    """The functions of `Exact` at all `points`, in float64, in which those of formats of up to 16 bits are exact."""
+    values, (x, k) = table(name), points(name)
+    x, end, tiny = x.astype(np.float64), k == len(values) - 1, float(TINY)
+    gap, low, high = np.append(np.diff(values), float(top_gap(name)))[k], values[k], np.append(values, np.inf)[k + 1]
+    middle = (low + high) / 2
+    under = np.where(x > low, low, values[k - 1])
+    return {
+        "spacing": np.maximum(gap, tiny),
+        "position": np.where(end, k, k + (x - low) / gap),
+        "nearest": np.where((x > middle) | ((x == middle) & (k % 2 == 1)), high, low),
+        "above": np.where(end, low, np.maximum(high, tiny)),
+        "under": np.where(under < tiny, 0.0, under),
+    }
 
 
 @functools.cache
