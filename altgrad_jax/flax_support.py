@@ -1,9 +1,9 @@
 """GridArrays in Flax: import this module to store and restore them, and for models of Flax nnx.
 
 `flax.serialization` restores a GridArray into one of the same format, fraction bits, shape and dtype; another target,
-and numbers that the format does not have, are refused. `altgrad_jax.value_and_grad` of a function of `nnx` models differentiates with respect to their `nnx.Param`s,
-stored or not, and gives a State, as `nnx.value_and_grad` does. What the function changes in other variables stays
-changed; Params are put back. Models must be positional arguments.
+and numbers that the format does not have, are refused. `altgrad_jax.value_and_grad` of a function of `nnx` models
+differentiates with respect to their `nnx.Param`s, stored or not, and gives a State, as `nnx.value_and_grad` does. What
+the function changes in other variables stays changed; Params are put back. Models must be positional arguments.
 
 Example:
     >>> import altgrad_jax as ag, altgrad_jax.flax_support, flax, jax.numpy as jnp

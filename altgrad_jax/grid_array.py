@@ -211,8 +211,8 @@ def _check_fields(param: GridArray) -> None:
             if not isinstance(array, jax.Array | np.ndarray) or array.dtype in (dtype, bool, jax.dtypes.float0):
                 continue
             raise TypeError(
-                f"the {name} of a GridArray of {param.grid.name} must be of dtype {dtype}, got {array.dtype}: something "
-                "scaled, averaged, summed or cast its integers. What changes updates, such as optax.scale, "
+                f"the {name} of a GridArray of {param.grid.name} must be of dtype {dtype}, got {array.dtype}: "
+                "something scaled, averaged, summed or cast its integers. What changes updates, such as optax.scale, "
                 "optax.lookahead or optax.contrib.schedule_free, belongs inside of on_grid; norms, averages and casts "
                 "of parameters need from_grid(params)."
             )
@@ -501,7 +501,7 @@ def checked_values(transformation: str, updates: Any, params: Any) -> Any:
 
 
 def checked_params(params: Any) -> Any:
-    """Parameters to initialise a state from: zeros for shapes. Raises if a mask has split GridArrays, or out of range."""
+    """Parameters to initialise a state from: zeros for shapes. Raises if a mask split GridArrays, or out of range."""
     for path, leaf in zip(*flatten_stored(params)[:2], strict=True):
         if not is_grid_array(leaf):
             continue

@@ -94,6 +94,8 @@ def grid_adamw(
     the momentum after the division by the root of the second moment (LaProp: Ziyin, Wang, Ueda 2020, arXiv
     2002.04839), the weight decay and the learning rate, where it carries the error of the rounding. Give
     `optax.inject_hyperparams` `hyperparam_dtype=jnp.float32`: in the dtype of the first leaf 0.999 may be 0 or 1.
+    Wrappers of steps raise around it, and belong inside of `on_grid`, as in
+    `on_grid(optax.MultiSteps(optax.adamw(1e-3), 4).gradient_transformation())`.
 
     Args:
         learning_rate, weight_decay, mask: As in `manifold_adamw`.

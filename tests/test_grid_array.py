@@ -333,9 +333,9 @@ class TestPytree:
             else np.random.default_rng(0).integers(-32512, 32513, 256)
         )
         old, new = (a.ravel().astype(dtype) for a in np.meshgrid(values, values))
-        format = ag.as_format("E3M4")
-        param = ag.GridArray(jnp.asarray(old), jnp.full(1, 3, jnp.int8), format)
-        update = ag.GridArray(jnp.asarray(new) - jnp.asarray(old), jnp.full(1, -5, jnp.int8), format)
+        fields = ag.as_format("E3M4"), 0 if dtype == jnp.int8 else 8
+        param = ag.GridArray(jnp.asarray(old), jnp.full(1, 3, jnp.int8), *fields)
+        update = ag.GridArray(jnp.asarray(new) - jnp.asarray(old), jnp.full(1, -5, jnp.int8), *fields)
         after = optax.apply_updates(param, update)
         np.testing.assert_array_equal(after.index, new)
         np.testing.assert_array_equal(after.exponent, -2)
