@@ -1,10 +1,10 @@
-"""Two CPU devices, so that sharded and unsharded results can be compared; and one store of compiled programs."""
+"""Eight CPU devices, so that sharded and unsharded results can be compared; and one store of compiled programs."""
 
 import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 # Tests, workers and processes that tests start share compiled programs. The first process deletes the store.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -93,7 +93,7 @@ def steps(draw):
     if kind == "zeros":
         return stored, np.zeros(stored.shape, np.float32)
     if kind == "huge":
-        return stored, (rng.normal(size=stored.shape) * 1e38).astype(np.float32)
+        return stored, np.clip(rng.normal(size=stored.shape) * 1e38, -3.4e38, 3.4e38).astype(np.float32)
     return stored, (rng.normal(size=stored.shape) * steps_at(stored, numbers(stored))).astype(np.float32)
 
 
