@@ -91,6 +91,7 @@ class TestFortyLeaves:
         assert tree["manifold_adamw"]["bytes"] <= tree["optax.adamw"]["bytes"] + 8.1
 
 
+@pytest.mark.slow
 class TestWholeStep:
     """The peak of a step is that of weights, state and bfloat16 gradients: nothing decoded outlives its use."""
 

@@ -270,6 +270,7 @@ class TestResumption:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
+    @pytest.mark.slow
     def test_after_kills(self, tmp_path, small):
         whole = tmp_path / "whole.jsonl"
         expected = self.finish(whole, small)

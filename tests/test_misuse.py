@@ -88,12 +88,17 @@ NEITHER = {
 class TestWrappers:
     """Around a whole step they raise, or are named in the docstring of on_grid; inside they train."""
 
-    @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS)
     @pytest.mark.parametrize("wrapped", FLOATS.values(), ids=FLOATS)
-    def test_that_make_floats_of_integers_raise(self, wrapped, tx):
+    def test_that_make_floats_of_integers_raise(self, wrapped):
         params = optax.LookaheadParams(PARAMS, PARAMS) if wrapped is FLOATS["lookahead"] else PARAMS
         with pytest.raises(TypeError, match=r"(?s)a GridArray of float8_e3m4 must be of dtype int8, got .*on_grid"):
-            stepped(wrapped(tx()), params)
+            stepped(wrapped(ag.grid_adamw(1e-2)), params)
+
+    @pytest.mark.parametrize("tx", CHAINS.values(), ids=CHAINS)
+    def test_raise_around_every_chain(self, tx):
+        for name in ("schedule_free", "scale by 1.0"):
+            with pytest.raises(TypeError, match=r"must be of dtype int8, got float32"):
+                stepped(FLOATS[name](tx()))
 
     @pytest.mark.parametrize("name", INTEGERS)
     def test_that_keep_integers_are_named(self, name):

@@ -532,10 +532,10 @@ class TestStacks:
         ("shape", "exponents"),
         [
             ((6, 4, 4), (6, 1, 1)),
-            ((3, 3, 5, 16), (3, 3, 5, 1)),
-            ((3, 3, 1, 4), (3, 3, 1, 1)),
+            pytest.param((3, 3, 5, 16), (3, 3, 5, 1), marks=pytest.mark.slow),
+            pytest.param((3, 3, 1, 4), (3, 3, 1, 1), marks=pytest.mark.slow),
             ((32, 2, 64), (32, 2, 1)),
-            ((5000, 32), (5000, 1)),
+            pytest.param((5000, 32), (5000, 1), marks=pytest.mark.slow),
         ],
     )
     def test_of_odd_shapes(self, shape, exponents):

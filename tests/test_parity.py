@@ -1,6 +1,29 @@
-"""ManifoldAdamW against trajectories measured on the PyTorch reference, and its identities."""
+"""ManifoldAdamW against trajectories measured on the PyTorch reference, and its identities.
+
+What each line of the reference is, in `altgrad/training/optimizer.py` of ParkerWilliams/altgrad at 7e74baf, and which
+test stands for it:
+
+| line | what | test |
+|---|---|---|
+| 56-62 | defaults | `test_defaults_are_those_of_the_reference` |
+| 64-71 | errors | `test_errors.py::TestHyperparameters` |
+| 114-120 | state of zeros, step from 1 | `TestTrajectories::test_weights_and_moments` |
+| 125 | `manifold_aware=False` | `TestIdentities::test_unaware_is_adamw` |
+| 126 | stiffness | `test_stiffness.py::TestStiffnessPrecondition::test_agrees_with_the_reference` |
+| 128-132 | 1 at zero weights | `test_stiffness.py::...::test_at_zero_is_zero_stiffness` |
+| 134 | its bound | `test_stiffness.py::...::test_is_bounded` |
+| 136 | product with the gradient | `TestTrajectories::test_weights_and_moments` |
+| 139 | stiffness and position are those of the weight before | `TestTrajectories::test_positions_by_increments` |
+| 142-143 | decoupled weight decay | `TestTrajectories::test_weights_and_moments` |
+| 146, 149 | moments | `TestTrajectories::test_weights_and_moments` |
+| 152-161 | bias correction and update | `TestTrajectories::test_weights_with_a_float64_bias_correction` |
+| 182-192 | position | `TestTrajectories::test_positions_by_increments` |
+| 183 | half a ULP at negative powers of two: not copied | `test_stiffness.py::...::test_is_half_the_reference_at_...` |
+| 186 | infinite after a move from zero: not copied | `TestIdentities::test_weights_at_and_across_zero_keep_...` |
+"""
 
 import functools
+import inspect
 
 import chex
 import jax
@@ -120,6 +143,23 @@ def run(tx, w, gradients):
         return jax.lax.scan(step, (w, tx.init(w)), gradients)
 
     return scan(w)
+
+
+def test_defaults_are_those_of_the_reference():
+    given = {name: p.default for name, p in inspect.signature(ag.manifold_adamw).parameters.items()}
+    assert [given[name] for name in ("b1", "b2", "eps", "weight_decay", "manifold_aware")] == [
+        0.9,
+        0.999,
+        1e-8,
+        0.01,
+        True,
+    ]
+    assert given["max_stiffness"] == 1e6
+    w, g = jnp.array([0.7, -3.0, 0.0]), jnp.array([0.1, 1.0, -1.0])
+    plain, given = (
+        tx.update(g, tx.init(w), w)[0] for tx in (ag.manifold_adamw(0.1), ag.manifold_adamw(0.1, mantissa_bits=2))
+    )
+    np.testing.assert_array_equal(plain, given)
 
 
 class TestIdentities:

@@ -31,6 +31,12 @@ CHAINS = {
     "manifold_adamw": lambda: ag.manifold_adamw(1e-2),
 }
 SUMMED = ("grid_adamw", "grid_adamw, no momentum")  # They average over rows and columns.
+
+
+def slow(*arguments):
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 LAYOUTS = {
     "1": ((1,), ("a", None)),
     "2 rows": ((2,), ("a", None)),
@@ -107,7 +113,7 @@ def agrees(name, ours, expected):
 class TestMeshes:
     """100 steps on 1 to 8 devices, by rows, by columns and by both."""
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", [x if x in ("2 rows", "8 columns", "2 x 4") else slow(x) for x in LAYOUTS])
     @pytest.mark.parametrize("name", CHAINS)
     def test_same_bits(self, name, layout):
         tx, params, _ = start(name)
@@ -119,13 +125,13 @@ class TestMeshes:
         assert differs == (name in SUMMED and layout != "1")
 
     @pytest.mark.parametrize("name", ["grid_adamw, 8bit", "on_grid(momentum)", "grid_sgd"])
-    @pytest.mark.parametrize("layout", ["8 rows", "4 columns", "2 x 4"])
+    @pytest.mark.parametrize("layout", ["8 rows", slow("4 columns"), "2 x 4"])
     def test_of_lengths_that_devices_do_not_divide(self, name, layout):
         _, params, state = start(name, UNEVEN)
         ours = trainer(name, *LAYOUTS[layout])(params, state, 100)
         agrees(name, ours, alone(name, uneven=True))
 
-    @pytest.mark.parametrize("layout", ["8 rows", "8 columns", "2 x 4"])
+    @pytest.mark.parametrize("layout", ["8 rows", slow("8 columns"), "2 x 4"])
     @pytest.mark.parametrize("name", CHAINS)
     def test_communicate_nothing_but_sums_and_maxima_of_rows_and_columns(self, name, layout):
         floats = {"kernel": jnp.ones((512, 1024)), "bias": jnp.zeros(1024)}
@@ -297,14 +303,13 @@ class TestRestarts:
             tree = trainer(name)(*tree, 1)
             expected[step] = int(ag.diagnostics.fingerprint(tree))
         for _ in range(25):
-            process = subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            lines = [process.stdout.readline()]
-            while "saving" not in lines[-1]:
-                assert process.poll() is None, "".join(lines)[-2000:]
-                lines.append(process.stdout.readline())
-            time.sleep(rng.uniform(0, 0.4))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            with subprocess.Popen(worker, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                lines = [process.stdout.readline()]
+                while "saving" not in lines[-1]:
+                    assert process.poll() is None, "".join(lines)[-2000:]
+                    lines.append(process.stdout.readline())
+                time.sleep(rng.uniform(0, 0.4))
+                process.send_signal(signal.SIGKILL)
             with ocp.CheckpointManager(tmp_path) as manager:
                 last = manager.latest_step()
                 if last is None:
