@@ -20,12 +20,13 @@ from typing import Any
 import jax
 from flax import nnx, serialization
 
+from altgrad_jax.formats import label
 from altgrad_jax.gradients import STATEFUL, deeper, places, slots_of, with_slots, without_slots
 from altgrad_jax.grid_array import VERSION, GridArray, check_range
 
 
 def _described(param: GridArray) -> dict[str, Any]:
-    fields = {"version": VERSION, "format": param.format.label, "fraction_bits": param.fraction_bits}
+    fields = {"version": VERSION, "format": label(param.format), "fraction_bits": param.fraction_bits}
     return fields | {"dtype": str(param.dtype)}
 
 

@@ -103,14 +103,6 @@ class FloatFormat:
         return dataclasses.replace(self, name=name, mantissa_bits=mantissa_bits)
 
     @property
-    def label(self) -> str:
-        """The name, and for formats that `as_format` does not know by it also what tells them from others."""
-        if (_DTYPE_FORMATS | _ALTGRAD_FORMATS).get(self.name) == self:
-            return self.name
-        sign = "s" if self.signed else "u"
-        return f"{self.name}_{sign}{self.exponent_bits}_{self.mantissa_bits}_{self.bias}_{self.max_index}"
-
-    @property
     def dtype(self) -> np.dtype | None:
         """The dtype that has this name and these numbers, or None."""
         return jnp.dtype(self.name) if _DTYPE_FORMATS.get(self.name) == self else None
@@ -189,6 +181,14 @@ def as_format(spec: FormatLike) -> FloatFormat:
     if candidates := _same_widths(name, known):
         raise ValueError(f"format {name!r} is not a full name: use one of {', '.join(map(repr, candidates))}.")
     raise ValueError(f"format must be one of {', '.join(known)} or a FloatFormat, got {name!r}.")
+
+
+def label(format: FloatFormat) -> str:
+    """The name of a format, and if `as_format` does not know it, also what tells it from others of that name."""
+    if (_DTYPE_FORMATS | _ALTGRAD_FORMATS).get(format.name) == format:
+        return format.name
+    sign = "s" if format.signed else "u"
+    return f"{format.name}_{sign}{format.exponent_bits}_{format.mantissa_bits}_{format.bias}_{format.max_index}"
 
 
 def own_format(dtype: Any) -> FloatFormat:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from altgrad_jax._checks import check_float_leaves, check_number, check_same_tree, fits
 from altgrad_jax._floats import as_real, floor_log2, power_of_two
 from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, magnitude, nan_index, narrowed
-from altgrad_jax.formats import FloatFormat, FormatLike, as_format
+from altgrad_jax.formats import FloatFormat, FormatLike, as_format, label
 from altgrad_jax.scales import fitted, row_maximum, row_shape, weight_rule
 from altgrad_jax.weights import reasons_against
 
@@ -236,7 +236,7 @@ def _dtypes(format: FloatFormat, fraction_bits: int) -> tuple[np.dtype, np.dtype
 @functools.cache
 def _keys(format: FloatFormat, fraction_bits: int) -> tuple[GetAttrKey, GetAttrKey]:
     """Names of the two arrays of a GridArray in key paths, which checkpoints take for names."""
-    return GetAttrKey(f"index_v{VERSION}_{format.label}+{fraction_bits}"), GetAttrKey("exponent")
+    return GetAttrKey(f"index_v{VERSION}_{label(format)}+{fraction_bits}"), GetAttrKey("exponent")
 
 
 def _flatten(param: GridArray) -> tuple[tuple, tuple]:
@@ -477,7 +477,7 @@ def rejoined(node: Any, *formats: FloatFormat | None) -> Any:
 
 def is_split(node: Any) -> bool:
     """Whether a node of a tree is the mapping that `flax.nnx.Optimizer` makes of a GridArray."""
-    return isinstance(node, Mapping) and len(node) == 2 and "exponent" in node
+    return isinstance(node, Mapping) and len(node) == 2 and any(str(key).startswith("index_v") for key in node)
 
 
 def checked_values(transformation: str, updates: Any, params: Any) -> Any:

@@ -160,7 +160,7 @@ import test_sharding as test
 import altgrad_jax as ag
 tx, params, _ = test.start(sys.argv[4])
 params = test.placed(params, "2 rows")
-ours = test.trainer(sys.argv[4])(params, jax.jit(tx.init)(params), 20)
+ours = test.trainer(sys.argv[4])(params, tx.init(params), 20)
 assert len(jax.devices()) == 2 and len(jax.local_devices()) == 1
 print(int(jax.jit(ag.diagnostics.fingerprint)(ours)))
 """
