@@ -520,7 +520,9 @@ def check_range(param: GridArray, name: str) -> None:
     if not all(isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer) for x in jax.tree.leaves(param)):
         return
     low, high = exponent_range(param.grid)
-    if not np.all(_legal(param)):
+    with jax.ensure_compile_time_eval():  # The array may be a constant of a function that is being traced.
+        legal = bool(_legal(param))
+    if not legal:
         raise ValueError(
             f"{name} has an exponent that is not from {low} to {high}, or an index that is neither from "
             f"{-param.grid.max_index if param.grid.signed else 0} to {param.grid.max_index} nor that of NaN: it is no "
