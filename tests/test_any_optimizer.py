@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from optax import contrib
+from quick import some
 
 import altgrad_jax as ag
 
@@ -80,6 +81,7 @@ COMPRESSED = {
     )
 } | {"sgd momentum": {}, "sgd nesterov": {}, "sm3": {"first": ("nu",), "second": ()}}
 FORMAT = "float8_e4m3fn"
+QUICK = ("adafactor", "adamw", "lion", "sgd momentum", "sm3", "contrib.muon", "contrib.schedule_free_adamw")
 
 
 @functools.cache
@@ -135,14 +137,14 @@ def master_loss(name):
     return master
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", some(OPTIMIZERS, QUICK.__contains__))
 def test_reaches_the_loss_of_float32_master_weights(name):
     student, loss = task()
     stored = final_loss(ag.on_grid(OPTIMIZERS[name]()), student, ag.from_grid, loss)
     assert stored <= 1.1 * master_loss(name), (stored, master_loss(name))
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
+@pytest.mark.parametrize("name", some(COMPRESSED, QUICK.__contains__))
 def test_reaches_it_with_moments_in_one_byte(name):
     student, loss = task()
     tx = ag.compress_state(ag.on_grid(OPTIMIZERS[name]()), min_size=1, **COMPRESSED[name])

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from quick import some
 
 import altgrad_jax as ag
 
@@ -80,7 +81,7 @@ class TestReaders:
 
     @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
     @pytest.mark.parametrize("param", [KERNEL, SMALL], ids=["int8", "int16"])
-    @pytest.mark.parametrize("name", READERS)
+    @pytest.mark.parametrize("name", some(READERS, lambda name: list(READERS).index(name) % 3 == 0))
     def test_take_a_stored_matrix(self, name, param, transform):
         if transform is jax.jit and name.startswith("np"):
             pytest.skip("NumPy reads no tracer.")
