@@ -33,7 +33,7 @@ def check_number(name: str, value: Any, interval: str, *, integer: bool = False)
 def check_static(name: str, value: Any) -> None:
     """Raises if an argument that shapes the program is an array, as under optax.inject_hyperparams."""
     if isinstance(value, jax.Array):
-        raise TypeError(f"{name} must be a number, got {value}: name it in the static_args of inject_hyperparams.")
+        raise TypeError(f"{name} must be no array, got {value}: name it in the static_args of inject_hyperparams.")
 
 
 def check_float_leaves(transformation: str, name: str, tree: Any) -> None:

@@ -63,6 +63,7 @@ def manifold_adamw(
         {'w': Array([ 0.98990005, -0.2899701 ], dtype=float32)}
     """
     _check_numbers(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    _check_mask(mask)
     if not isinstance(manifold_aware, bool):
         raise TypeError(f"manifold_aware must be True or False, got {manifold_aware!r}.")
     precondition = stiffness_precondition(
@@ -124,6 +125,7 @@ def grid_adamw(
     if second_moment not in ("factored", "8bit", "float32"):
         raise ValueError(f"second_moment must be 'factored', '8bit' or 'float32', got {second_moment!r}.")
     _check_numbers(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    _check_mask(mask)
     mask = mask if callable(mask) else one_each(mask)
     whole = optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)
     inner = optax.chain(
@@ -178,3 +180,12 @@ def _check_numbers(learning_rate: optax.ScalarOrSchedule, **numbers: float) -> N
         check_number("learning_rate", learning_rate, "[0, inf)")
     for name, number in numbers.items():
         check_number(name, number, "[0, inf)" if name in ("eps", "weight_decay") else "[0, 1)")
+
+
+def _check_mask(mask: Any) -> None:
+    """Raises if nothing would decay: optax.inject_hyperparams makes that of a function, which it calls with a count."""
+    if mask is False:
+        raise TypeError(
+            "mask must be a tree of bools or a function, got False: name it in the static_args of inject_hyperparams, "
+            "which takes a function for a schedule, or give weight_decay=0."
+        )

@@ -401,7 +401,7 @@ class TestBadInput:
 
     def test_of_an_array_for_the_smallest_size(self):
         tx = optax.inject_hyperparams(ag.compress_state)
-        with pytest.raises(TypeError, match=r"min_size must be a number, got .*: name it in the static_args"):
+        with pytest.raises(TypeError, match=r"min_size must be no array, got .*: name it in the static_args"):
             jax.jit(lambda p: tx(inner=optax.adam(1e-3), min_size=3).init(p))(jnp.ones(3))
 
     def test_without_moments(self):

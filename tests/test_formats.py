@@ -99,9 +99,11 @@ class TestFloatFormatOfAUser:
                 ag.FloatFormat("bad", 4, 4, 7, 512.0, signed=signed)
 
     def test_refuses_more_than_float32(self):
-        wide = ag.FloatFormat("wide", 9, 3, 200, 1.0)
-        with pytest.raises(ValueError, match=r"no more range and precision than float32.*name='wide'"):
-            ag.spacing(1.0, wide)
+        for inside in ((8, 3, 127, 1.0), (9, 3, 127, 1.75 * 2.0**127), (2, 23, 1, 1.0)):
+            ag.spacing(1.0, ag.FloatFormat("inside", *inside))
+        for outside in ((8, 3, 128, 1.0), (9, 3, 127, 2.0**128), (2, 24, 1, 1.0)):
+            with pytest.raises(ValueError, match=r"no more range and precision than float32.*name='wide'"):
+                ag.spacing(1.0, ag.FloatFormat("wide", *outside))
 
 
 class TestAsFormat:

@@ -277,8 +277,16 @@ class TestArguments:
 
     def test_an_argument_that_shapes_the_program_is_static(self):
         tx = optax.inject_hyperparams(ag.grid_sgd, hyperparam_dtype=jnp.float32)(1.0)
-        with pytest.raises(TypeError, match=r"max_steps must be a number, .* name it in the static_args"):
+        with pytest.raises(TypeError, match=r"max_steps must be no array, .* name it in the static_args"):
             tx.init(PARAMS)
+
+    @pytest.mark.parametrize("make", [ag.grid_adamw, ag.manifold_adamw])
+    def test_a_mask_that_was_taken_for_a_schedule(self, make):
+        """Optax calls every function with a count; of optax.adamw it then masks everything, without an error."""
+        matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+        tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(1e-2, mask=matrices)
+        with pytest.raises(TypeError, match="mask must be a tree of bools or a function, got False: name it in the static_args"):
+            tx.init(of(make))
 
     @pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64, np.array, jnp.float32])
     def test_numbers_of_numpy(self, kind):
