@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from quick import some
 
 import altgrad_jax as ag
 
@@ -32,7 +33,10 @@ EXACT = ("stiffness", "stiffness(format)", "tracker", "tracker(format)")
 TRACKING = [name for name in TRANSFORMATIONS if "stiffness" not in name and "compress" not in name]
 
 
-@pytest.fixture(params=TRANSFORMATIONS)
+QUICK = ("stiffness(format)", "tracker", "manifold_adamw", "compress_state(adamw)")
+
+
+@pytest.fixture(params=some(TRANSFORMATIONS, QUICK.__contains__))
 def name(request):
     return request.param
 

@@ -11,7 +11,10 @@ import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parent / "benchmarks"
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu` (Linux)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu` (Linux)"),
+]
 
 
 def measured(program):
@@ -91,7 +94,6 @@ class TestFortyLeaves:
         assert tree["manifold_adamw"]["bytes"] <= tree["optax.adamw"]["bytes"] + 8.1
 
 
-@pytest.mark.slow
 class TestWholeStep:
     """The peak of a step is that of weights, state and bfloat16 gradients: nothing decoded outlives its use."""
 

@@ -285,7 +285,9 @@ class TestArguments:
         """Optax calls every function with a count; of optax.adamw it then masks everything, without an error."""
         matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
         tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(1e-2, mask=matrices)
-        with pytest.raises(TypeError, match="mask must be a tree of bools or a function, got False: name it in the static_args"):
+        with pytest.raises(
+            TypeError, match="mask must be a tree of bools or a function, got False: name it in the static_args"
+        ):
             tx.init(of(make))
 
     @pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64, np.array, jnp.float32])

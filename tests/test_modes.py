@@ -81,7 +81,7 @@ class TestModes:
         assert [x.dtype for x in jax.tree.leaves(ours[0])] == [x.dtype for x in jax.tree.leaves(expected[0])]
         assert_near(ours[0], expected[0])
 
-    @pytest.mark.parametrize("spec", some([jax.P("x"), jax.P(None, "x")], jax.P(None, "x").__eq__))
+    @pytest.mark.parametrize("spec", some([jax.P("x"), jax.P(None, "x")], lambda spec: len(spec) > 1))
     def test_explicit_mesh(self, name, spec):
         expected = trained(name)
         mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))

@@ -289,3 +289,6 @@ class TestBoundaries:
         before, after = jnp.float32(2.0**-5 * scale), jnp.float32(scale)
         ulps = ulps_moved(before, after - before, ag.as_format("float8_e4m3fn"), jnp.float32(scale))
         np.testing.assert_allclose(ulps, (1 - 2.0**-5) * 2.0**3, rtol=1e-6)
+        # Both are below it: the smallest normal number divides.
+        ulps = ulps_moved(jnp.float32(0), jnp.float32(2.0**-124), ag.as_format("float8_e4m3fn"), jnp.float32(2.0**-122))
+        np.testing.assert_array_equal(ulps, 4.0)
