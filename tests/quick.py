@@ -10,6 +10,7 @@ def some(values: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
     """The values, of which those that are not chosen are marked slow; tuples are sets of parameters."""
 
     def parameter(value):
-        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        marks = () if chosen(value) else pytest.mark.slow
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks)
 
-    return [value if chosen(value) else parameter(value) for value in values]
+    return [parameter(value) for value in values]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import some
 
 from altgrad_jax.factored import matrix_axes, scale_by_factored_rms
 
@@ -80,7 +81,7 @@ class TestMatrices:
     def test_of_a_shape(self, shape, axes):
         assert matrix_axes(shape) == axes
 
-    @pytest.mark.parametrize("shape", [(5, 4, 4), (16, 6, 6), (3, 3, 8, 16)])
+    @pytest.mark.parametrize("shape", some([((5, 4, 4),), ((16, 6, 6),), ((3, 3, 8, 16),)], ((5, 4, 4),).__eq__))
     def test_in_a_stack_are_as_by_themselves(self, shape):
         assert matrix_axes(shape) == (len(shape) - 2, len(shape) - 1)
         gradients = draw(0, 20, *shape).at[:10, 1].set(0)  # A layer that starts late,
@@ -314,7 +315,7 @@ class TestOutliers:
         )
         assert 0.99 * whole <= ours <= 1.01 * theirs
 
-    @pytest.mark.parametrize("shape", [(8, 4096), (4096, 8), (1536, 1536)])
+    @pytest.mark.parametrize("shape", some([((8, 4096),), ((4096, 8),), ((1536, 1536),)], ((8, 4096),).__eq__))
     def test_are_not_rows_columns_and_elements_that_stand_out_for_good(self, shape):
         """A hundred times larger: their updates are 1 in the end, as with Optax's."""
         n, m = shape

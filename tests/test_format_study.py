@@ -126,6 +126,7 @@ class TestConfiguration:
         with pytest.raises(ValueError, match="is no YAML"):
             self.parsed(modules, "--config", str(tmp_path / "study.yaml"))
 
+    @pytest.mark.slow
     def test_of_grids_that_a_scale_makes_one(self, modules):
         shapes = {}
         for name in (*modules["config"].FORMATS, "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2fnuz"):
@@ -177,6 +178,7 @@ class TestArms:
         bias = (movements.mean(0)[0] - intended[0, 0]) / spacing
         assert float(jnp.abs(bias[:3]).max()) < 4 * 0.5 / 4000**0.5
 
+    @pytest.mark.slow
     def test_float32_run_is_that_of_plain_optax(self, modules, small, data):
         """Against a loop that shares only the model and the data."""
         task = modules["tasks"].load(data)

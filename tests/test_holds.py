@@ -106,6 +106,7 @@ class TestMoments:
         close_by_rows(*ways(name, jnp.where(jnp.arange(64) % 2 == 0, late[:, None], 1)))
         close_by_rows(*ways(name, late[:, None] * jnp.ones(64)))
 
+    @pytest.mark.slow
     def test_after_ten_thousand_steps(self, name):
         late = jnp.arange(10_240) >= 10_000
         close_by_rows(*ways(name, jnp.where(jnp.arange(64) % 2 == 0, late[:, None], 1)))
@@ -122,6 +123,7 @@ class TestMoments:
         gains = jnp.where(jnp.arange(STEPS) < 500, 1.0, factor)
         close_by_rows(*ways(name, gains[:, None] * jnp.ones(64)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("accumulated", [8, 128])
     def test_inside_of_which_gradients_accumulate(self, name, accumulated):
         close_by_rows(*ways(name, accumulated=accumulated))

@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from optax import contrib
+from quick import some
 
 import altgrad_jax as ag
 import altgrad_jax.flax_support
@@ -458,8 +459,13 @@ class TestRestores:
 class TestReductions:
     """XLA:CPU loses NaN in a maximum from 64 x 64 on: nothing of the library does."""
 
-    @pytest.mark.parametrize("shape", [(64, 64), (1024, 1024), (2**20,), (8, 8)])
-    @pytest.mark.parametrize("place", [0, -1])
+    @pytest.mark.parametrize(
+        ("shape", "place"),
+        some(
+            [(shape, place) for shape in ((64, 64), (1024, 1024), (2**20,), (8, 8)) for place in (0, -1)],
+            (((64, 64), -1), ((2**20,), 0)).__contains__,
+        ),
+    )
     def test_keep_nan(self, shape, place):
         x = jnp.ones(shape).ravel().at[place].set(jnp.nan).reshape(shape)
         assert bool(jnp.isnan(ag.fake_quantize(x, "float8_e4m3fn")).all())
