@@ -114,12 +114,8 @@ class GridArray:
         if isinstance(self.index, jax.ShapeDtypeStruct):
             described: Any = jax.ShapeDtypeStruct(self.shape, self.dtype if dtype is None else dtype)
             return described
-        if full or self.fraction_bits == 0:
-            numbers = decode(self.index, self.exponent, self.grid)
-        else:
-            whole = jnp.where(self._is_nan, nan_index(self.format), _whole_index(self.index, self.fraction_bits))
-            numbers = decode(whole, self.exponent, self.format)
-        return numbers.astype(self.dtype if dtype is None else dtype)
+        dtype = np.dtype(self.dtype if dtype is None else dtype)
+        return _numbers(self.index, self.exponent, self.format, self.fraction_bits, dtype, full)
 
     def astype(self, dtype: DTypeLike) -> Array:
         """`value(dtype)`."""
@@ -181,12 +177,7 @@ class GridArray:
         index = _whole_index(self.index, self.fraction_bits)
         code = jnp.abs(index) | jnp.where(index < 0, 0x80, 0)
         numbers = lax.bitcast_convert_type(code.astype(jnp.uint8), self.format.dtype)
-        return jnp.where(self._is_nan, jnp.array(jnp.nan, self.format.dtype), numbers), self.scale
-
-    @property
-    def _is_nan(self) -> Array:
-        # In int32, like the decoding: on a TPU a comparison in int8 takes a kernel of its own.
-        return self.index.astype(jnp.int32) == nan_index(self.grid)
+        return jnp.where(_is_nan(self.index, self.grid), jnp.array(jnp.nan, self.format.dtype), numbers), self.scale
 
     def __repr__(self) -> str:
         bits = f" + {self.fraction_bits} bits" if self.fraction_bits else ""
@@ -370,12 +361,10 @@ def to_grid(
             return jax.eval_shape(lambda x: leaf(path, x, choice, given), x)
         if is_grid_array(x):
             given = x.exponent if given is None and x.format == format else given
-            x = x.value(jnp.float32, full=True)
-        x = narrowed(as_real(x))
-        exponent = _row_exponent(x, format, grid) if given is None else _broadcast(path, given, x.shape)
-        index = encode(x, exponent, grid)
-        _check_stored(path, x, index, exponent, grid, chosen=given is None)
-        return GridArray(index.astype(index_dtype(grid)), exponent, format, fraction_bits, dtype)
+        shape = None if given is None else _exponent_shape(path, given, np.shape(x))
+        index, exponent, fits, lost = _encoded(x, given, format, fraction_bits, shape)
+        _check_stored(path, fits, lost, grid, chosen=given is None)
+        return GridArray(index, exponent, format, fraction_bits, dtype)
 
     paths, leaves, structure = flatten_stored(params)
     choices, exponents = map(structure.flatten_up_to, (_chosen(params, where), _exponents(params, scale, grid)))
@@ -534,7 +523,7 @@ def check_range(param: GridArray, name: str) -> None:
 def _legal(param: GridArray) -> Array:
     low, high = exponent_range(param.grid)
     index = param.index.astype(jnp.int32)
-    legal = (jnp.abs(index) <= param.grid.max_index) | param._is_nan
+    legal = (jnp.abs(index) <= param.grid.max_index) | _is_nan(index, param.grid)
     return jnp.all((low <= param.exponent) & (param.exponent <= high)) & jnp.all(legal)
 
 
@@ -598,6 +587,39 @@ def _log2(scale: Any, grid: FloatFormat) -> Any:
     return np.asarray(exponent - 1, np.int8)
 
 
+@functools.partial(jax.jit, static_argnames=("format", "fraction_bits", "shape"), inline=True)
+def _encoded(x: Any, exponent: Array | None, format: FloatFormat, fraction_bits: int, shape: Any) -> tuple[Array, ...]:
+    """Indices and exponents of a leaf, whether all of it is finite and in range, and which rows became 0."""
+    grid = format.refined(fraction_bits)
+    x = x.value(jnp.float32, full=True) if is_grid_array(x) else narrowed(as_real(x))
+    if exponent is None:
+        exponent = _row_exponent(x, format, grid)
+    else:
+        exponent = jnp.asarray(exponent)
+        exponent = jnp.broadcast_to(exponent.reshape((1,) * (len(shape) - exponent.ndim) + exponent.shape), shape)
+    index, scale = encode(x, exponent, grid), power_of_two(exponent)
+    fits = jnp.all((x <= scale * grid.max) & (x >= scale * grid.min))  # False for NaN.
+    lost = (row_maximum(magnitude(x), exponent.shape) >= 1 << 23) & (row_maximum(abs(index), exponent.shape) == 0)
+    return index.astype(index_dtype(grid)), exponent, fits, lost
+
+
+@functools.partial(jax.jit, static_argnames=("format", "fraction_bits", "dtype", "full"), inline=True)
+def _numbers(
+    index: Array, exponent: Array, format: FloatFormat, fraction_bits: int, dtype: np.dtype, full: bool
+) -> Array:
+    """The numbers of a GridArray."""
+    grid = format.refined(fraction_bits)
+    if not full and fraction_bits:
+        index = jnp.where(_is_nan(index, grid), nan_index(format), _whole_index(index, fraction_bits))
+        grid = format
+    return decode(index, exponent, grid).astype(dtype)
+
+
+def _is_nan(index: Array, grid: FloatFormat) -> Array:
+    # In int32, like the decoding: on a TPU a comparison in int8 takes a kernel of its own.
+    return index.astype(jnp.int32) == nan_index(grid)
+
+
 def _row_exponent(x: Array, format: FloatFormat, grid: FloatFormat) -> Array:
     """Per row the least under which it is not full, within `_BELOW` of that of the largest row, which zeros take."""
     rows = row_maximum(magnitude(x), row_shape(x.shape))
@@ -611,30 +633,29 @@ def _row_exponent(x: Array, format: FloatFormat, grid: FloatFormat) -> Array:
     return jnp.maximum(exponent, fitted(magnitude(stored), rule, grid)).astype(jnp.int8)
 
 
-def _broadcast(path: tuple, exponent: Any, shape: tuple[int, ...]) -> Array:
-    """Gives exponents the dimensions of their array, so that both can be stacked and sliced together."""
-    given = jnp.shape(exponent)
+def _exponent_shape(path: tuple, exponent: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of given exponents with the dimensions of their array, so that both can be stacked and sliced together."""
+    given = np.shape(exponent)
     if not fits(given, shape):
         raise ValueError(f"scale must broadcast to {shape}, got shape {given} at params{jax.tree_util.keystr(path)}.")
     given = (1,) * (len(shape) - len(given)) + given
-    wanted = np.broadcast_shapes(given, row_shape(shape)) if given[-1:] in ((), (1,)) else given
-    return jnp.array(jnp.broadcast_to(jnp.reshape(jnp.asarray(exponent), given), wanted))
+    return np.broadcast_shapes(given, row_shape(shape)) if given[-1:] in ((), (1,)) else given
 
 
-def _check_stored(path: tuple, x: Array, index: Array, exponent: Array, grid: FloatFormat, chosen: bool) -> None:
+def _check_stored(path: tuple, fits: Array, lost: Array, grid: FloatFormat, chosen: bool) -> None:
     """Raises if an element saturated and warns of rows that became 0 under default exponents; nothing under jit."""
-    if isinstance(x, Tracer) or isinstance(exponent, Tracer):
+    if isinstance(fits, Tracer):
         return
-    scale, name = power_of_two(exponent), f"params{jax.tree_util.keystr(path)}"
-    if not jnp.all((x <= scale * grid.max) & (x >= scale * grid.min)):  # False for NaN.
+    name = f"params{jax.tree_util.keystr(path)}"
+    if not fits:
         raise ValueError(
             f"{name} is not finite or exceeds {grid.max} times its scale: clip it first, or leave the scale to to_grid."
         )
-    lost = (row_maximum(magnitude(x), exponent.shape) >= 1 << 23) & (row_maximum(abs(index), exponent.shape) == 0)
-    if chosen and jnp.any(lost):
-        first = tuple(map(int, np.unravel_index(jnp.argmax(lost), lost.shape)))
+    lost = np.asarray(lost) if chosen else np.zeros(1, bool)
+    if lost.any():
+        first = tuple(map(int, np.unravel_index(lost.argmax(), lost.shape)))
         warnings.warn(
-            f"{int(lost.sum())} of {lost.size} rows of {name} became 0, the first at {first}: below the step of their "
+            f"{lost.sum()} of {lost.size} rows of {name} became 0, the first at {first}: below the step of their "
             f"scale, which is at least 2**-{_BELOW} of that of the largest row. Give a `scale`, or leave the leaf out.",
             stacklevel=4,
         )

@@ -1,6 +1,7 @@
 """Any Optax transformation, for parameters that are stored on a grid."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ def moved(
     return target, owed - move, owed - (rounded(target, near) - w)
 
 
+@functools.partial(jax.jit, inline=True)
 def _rates(b: jax.typing.ArrayLike, steps: Array) -> tuple[Array, Array, Array]:
     """After a number of steps: b_t and 1 - b_t of the average, and the share of the next move in all moves owed.
 

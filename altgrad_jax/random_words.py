@@ -16,7 +16,12 @@ def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple
     """Two words for each key path, at a step. uint32, `[len(paths), 2]`."""
     # Not Python's hash, which differs from process to process.
     hashes = np.array([zlib.crc32(jax.tree_util.keystr(path).encode()) for path in paths], np.uint32)
-    leaf, step = mix(mix(jnp.asarray(seed, jnp.uint32)) ^ hashes), step.astype(jnp.uint32)
+    return _leaf_keys(jnp.asarray(seed, jnp.uint32), step.astype(jnp.uint32), hashes)
+
+
+@functools.partial(jax.jit, inline=True)
+def _leaf_keys(seed: jax.Array, step: jax.Array, hashes: jax.typing.ArrayLike) -> jax.Array:
+    leaf = mix(mix(seed) ^ hashes)
     # The first word has it all, because it is the one that is mixed with the position.
     return jnp.stack([mix(leaf ^ mix(step)), mix(mix(step + hashes) ^ np.uint32(0x9E3779B9))], axis=1)
 

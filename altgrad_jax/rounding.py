@@ -82,8 +82,7 @@ def fake_quantize(x: jax.typing.ArrayLike, format: FormatLike, scale: jax.typing
         scale = power_of_two_scale(real, format)
     elif not isinstance(scale, jax.Array) and not (np.all(np.isfinite(scale)) and np.all(np.greater(scale, 0))):
         raise ValueError(f"scale must be positive and finite, got {scale}.")
-    scale = jax.lax.stop_gradient(jnp.asarray(scale, real.dtype))
-    return _fake_quantize(format, real, scale).astype(jnp.result_type(x))
+    return _fake_quantize(format, real, jnp.asarray(scale, real.dtype)).astype(jnp.result_type(x))
 
 
 @compiled
