@@ -651,11 +651,11 @@ def _check_stored(path: tuple, fits: Array, lost: Array, grid: FloatFormat, chos
         raise ValueError(
             f"{name} is not finite or exceeds {grid.max} times its scale: clip it first, or leave the scale to to_grid."
         )
-    lost = np.asarray(lost) if chosen else np.zeros(1, bool)
-    if lost.any():
-        first = tuple(map(int, np.unravel_index(lost.argmax(), lost.shape)))
+    rows = np.asarray(lost)
+    if chosen and rows.any():
+        first = tuple(map(int, np.unravel_index(rows.argmax(), rows.shape)))
         warnings.warn(
-            f"{lost.sum()} of {lost.size} rows of {name} became 0, the first at {first}: below the step of their "
+            f"{rows.sum()} of {rows.size} rows of {name} became 0, the first at {first}: below the step of their "
             f"scale, which is at least 2**-{_BELOW} of that of the largest row. Give a `scale`, or leave the leaf out.",
             stacklevel=4,
         )

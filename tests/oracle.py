@@ -28,6 +28,8 @@ DTYPE_NAMES = [
 ]
 ALTGRAD_NAMES = ["E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0"]
 FORMAT_NAMES = DTYPE_NAMES + ALTGRAD_NAMES
+# Of the many formats those that the suite tests wherever all would be slow.
+QUICK = ("float8_e4m3fn", "float8_e3m4", "float4_e2m1fn", "bfloat16", "E0M7", "E7M0")
 EIGHT_BIT_NAMES = [name for name in FORMAT_NAMES if name.startswith(("float8", "E"))]
 
 TINY = Fraction(2) ** -126  # XLA flushes smaller float32 numbers to zero.

@@ -91,7 +91,9 @@ class TestExactness:
             assert_same_bits(jax.vmap(function)(x), eager)
 
 
-@pytest.mark.parametrize("name", sorted(set(oracle.FORMAT_NAMES) - {"float16", "bfloat16"}))
+@pytest.mark.parametrize(
+    "name", some(sorted(set(oracle.FORMAT_NAMES) - {"float16", "bfloat16"}), oracle.QUICK.__contains__)
+)
 def test_the_oracle_equals_fractions(name):
     x, below = oracle.points(name)
     exact = [oracle.Exact(name, float(x), k) for x, k in zip(x, below, strict=True)]
@@ -101,7 +103,7 @@ def test_the_oracle_equals_fractions(name):
         np.testing.assert_array_equal(values[first:].astype(np.float32), wanted, err_msg=function)
 
 
-@pytest.mark.parametrize("name", oracle.EIGHT_BIT_NAMES)
+@pytest.mark.parametrize("name", some(oracle.EIGHT_BIT_NAMES, oracle.QUICK.__contains__))
 class TestRandomFloats:
     """2**22 random float32 bit patterns against a table in float64."""
 

@@ -86,7 +86,10 @@ class TestRounding:
         steps = np.asarray(ag.signed_steps(updates, params)) / 2  # Below a power of two the steps are half as wide.
         assert abs(steps.mean() + 0.3) < 5 * np.sqrt(0.3 / 2**20)
 
-    @pytest.mark.parametrize("name", ["float8_e4m3fn", "E0M7", "E7M0", "float4_e2m1fn", "bfloat16"])
+    @pytest.mark.parametrize(
+        "name",
+        some(["float8_e4m3fn", "E0M7", "E7M0", "float4_e2m1fn", "bfloat16"], ("E0M7", "bfloat16").__contains__),
+    )
     @pytest.mark.parametrize("fraction_bits", [0, 8])
     @pytest.mark.parametrize("arguments", [{}, {"rounding": "nearest"}, {"momentum": 0.9}])
     def test_without_a_movement_no_number_moves(self, name, fraction_bits, arguments):
@@ -149,7 +152,10 @@ class TestRounding:
         np.testing.assert_array_equal(np.isnan(params.fp8()[0].astype(jnp.float32)), [[True, True, False, True]])
 
 
-RECIPES = [("float8_e4m3fn", 0), ("float8_e3m4", 0), ("E2M5", 0), ("E0M7", 0), ("float8_e3m4", 8)]
+RECIPES = some(
+    [("float8_e4m3fn", 0), ("float8_e3m4", 0), ("E2M5", 0), ("E0M7", 0), ("float8_e3m4", 8)],
+    (("float8_e3m4", 0), ("float8_e3m4", 8)).__contains__,
+)
 
 
 def scan(tx, params, state, moves):
@@ -434,7 +440,7 @@ class TestExponents:
         assert float(after.scale[0, 0]) > float(params.scale[0, 0])
 
     @pytest.mark.parametrize("momentum", [None, 0.9])
-    @pytest.mark.parametrize("start", [1e-3, 1e-20, 0.0])
+    @pytest.mark.parametrize("start", some([1e-3, 1e-20, 0.0], (1e-20).__eq__))
     @pytest.mark.parametrize("fraction_bits", [0, 8])
     def test_follow_weights_that_grow_by_orders_of_magnitude(self, momentum, start, fraction_bits):
         params = ag.to_grid(

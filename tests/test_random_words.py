@@ -1,6 +1,7 @@
 """Random words: a function of seed, step, path and position, and as random as a sample of a million can tell."""
 
 import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,22 @@ class TestLeafKeys:
         keys = [leaf_keys(seed, jnp.uint32(step), self.PATHS) for seed in range(16) for step in range(64)]
         assert all(key.shape == (4, 2) and key.dtype == jnp.uint32 for key in keys)
         assert len({tuple(key) for key in np.concatenate(keys).tolist()}) == 16 * 64 * 4
+
+    def test_are_those_of_version_1(self):
+        """A restart under a later version draws the same words: the hash, written out with Python's integers."""
+
+        def mixed(x):
+            for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+                x = (x ^ (x >> shift)) * factor % 2**32
+            return x ^ (x >> 15)
+
+        seed, step = 3, 5
+        for path, key in zip(self.PATHS, leaf_keys(seed, jnp.uint32(step), self.PATHS), strict=True):
+            name = zlib.crc32(jax.tree_util.keystr(path).encode())
+            words = mixed(mixed(mixed(seed) ^ name) ^ mixed(step)), mixed(mixed((step + name) % 2**32) ^ 0x9E3779B9)
+            assert tuple(map(int, key)) == words
+            drawn = [(mixed((words[0] + i) % 2**32) ^ words[1]) * 0x9E3779B1 % 2**32 for i in range(6)]
+            np.testing.assert_array_equal(random_words(key, (2, 3)), np.reshape(drawn, (2, 3)))
 
     def test_depend_on_their_own_path_alone(self):
         keys = leaf_keys(3, jnp.uint32(5), self.PATHS)

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from quick import some
 
 import altgrad_jax as ag
 from altgrad_jax.codec import encode, rest_bits_of
@@ -15,7 +16,7 @@ from altgrad_jax.codec import encode, rest_bits_of
 class TestRoundNearest:
     """Nearest value, ties to an even index, saturating at the largest. (Exhaustively: test_grid.py.)"""
 
-    @pytest.mark.parametrize("name", oracle.DTYPE_NAMES)
+    @pytest.mark.parametrize("name", some(oracle.DTYPE_NAMES, oracle.QUICK.__contains__))
     def test_agrees_with_a_cast_inside_the_finite_range(self, name):
         x = oracle.points(name)[0]
         x = np.concatenate([x, -x])
@@ -196,7 +197,7 @@ class TestFakeQuantize:
 class TestPowerOfTwoScale:
     """2**ceil(log2(amax / max)), exactly."""
 
-    @pytest.mark.parametrize("name", oracle.FORMAT_NAMES)
+    @pytest.mark.parametrize("name", some(oracle.FORMAT_NAMES, oracle.QUICK.__contains__))
     def test_is_the_smallest_that_reaches(self, name):
         largest = np.float32(oracle.table(name)[-1])
         rng = np.random.default_rng(0)

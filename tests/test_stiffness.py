@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from quick import some
 
 import altgrad_jax as ag
 
@@ -61,7 +62,7 @@ class TestStiffnessPrecondition:
         np.testing.assert_array_equal(preconditioned([0.0, 1.0], zero_stiffness=0.125), [0.125, 0.25])
         np.testing.assert_array_equal(preconditioned([0.0, 1.0], zero_stiffness=0), [0.0, 0.25])
 
-    @pytest.mark.parametrize("name", oracle.FORMAT_NAMES)
+    @pytest.mark.parametrize("name", some(oracle.FORMAT_NAMES, oracle.QUICK.__contains__))
     def test_with_a_format_is_its_spacing(self, name):
         w = np.float32([0.0, 1e-6, -0.011, 0.3, -1.0, 5.0, 1e5])
         actual = preconditioned(w, format=name, max_stiffness=float("inf"))
@@ -155,7 +156,7 @@ class TestTrackUlpPosition:
             update(jnp.float32([5 * 2.0**-23]), nearly, jnp.float32([1.0]))[1].ulp_position, [2.0**24]
         )
 
-    @pytest.mark.parametrize("name", oracle.EIGHT_BIT_NAMES)
+    @pytest.mark.parametrize("name", some(oracle.EIGHT_BIT_NAMES, oracle.QUICK.__contains__))
     def test_counts_whole_steps_of_every_format(self, name):
         values = oracle.table(name).astype(np.float32)
         binade = np.abs(ag.spacing(values[1:-1], name) - ag.spacing(values[2:], name)) == 0
