@@ -201,6 +201,10 @@ class TestExponents:
             assert bool((low <= exponent).all() & (exponent <= high).all())
         assert bool(jnp.isfinite(moment.value()).all())
 
+    def test_of_formats_of_large_numbers_alone_start_where_powers_of_two_do(self):
+        large = ag.FloatFormat("large", exponent_bits=2, mantissa_bits=1, bias=-9, max=3 * 2.0**11)
+        assert exponent_range(large) == (-126, 128 - 13)
+
     def test_of_to_grid_stop_at_their_ends(self):
         for size in (1e-38, 2.9e38):
             stored = ag.to_grid(jnp.full((1, 8), size), "float8_e4m3fn")
@@ -220,6 +224,13 @@ class TestToGrid:
         again, fresh = ag.to_grid(stored, name), ag.to_grid(ag.from_grid(stored, full=True), name)
         np.testing.assert_array_equal(again.exponent, fresh.exponent)
         np.testing.assert_array_equal(again.index, fresh.index)
+
+    def test_of_float64_rounds_once(self):
+        """A little above a midpoint, which is what float32 makes of it: away from the even number below."""
+        with jax.enable_x64(True):
+            x = jnp.array([[1 + 2.0**-5 + 2.0**-40, 1 + 2.0**-5, -1 - 3 * 2.0**-5 + 2.0**-40]], jnp.float64)
+            numbers = ag.from_grid(ag.to_grid(x, "float8_e3m4", scale=1.0))
+        np.testing.assert_array_equal(numbers, [[1 + 2.0**-4, 1.0, -1 - 2.0**-4]])
 
     def test_into_more_fraction_bits_keeps_the_scale(self):
         stored = ag.to_grid(jnp.ones((1, 8)), scale=4.0)
