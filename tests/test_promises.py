@@ -201,6 +201,18 @@ class TestExponents:
             assert bool((low <= exponent).all() & (exponent <= high).all())
         assert bool(jnp.isfinite(moment.value()).all())
 
+    def test_that_change_move_nothing_by_themselves(self):
+        """`signed_steps` counts on the grid after the update."""
+        params = ag.to_grid(jnp.array([[240.0, 1.0, -3.5, 0.0]]), "float8_e4m3fn", scale=1.0)
+        tx = ag.on_grid(optax.scale(1.0))
+        state = tx.init(params)
+        for change in (0, 1):
+            updates, state = tx.update(jnp.zeros((1, 4)), state, params)
+            np.testing.assert_array_equal(updates.exponent, change)
+            np.testing.assert_array_equal(ag.signed_steps(updates, params), 0)
+            params = optax.apply_updates(params, updates)
+        assert (updates.index != 0).any()
+
     def test_of_formats_of_large_numbers_alone_start_where_powers_of_two_do(self):
         large = ag.FloatFormat("large", exponent_bits=2, mantissa_bits=1, bias=-9, max=3 * 2.0**11)
         assert exponent_range(large) == (-126, 128 - 13)
