@@ -142,6 +142,27 @@ class TestOrder:
             np.testing.assert_allclose(optax.tree.get(state, "ulp_position"), moved / step, rtol=1e-6)
 
 
+    def test_a_chain_inside_of_on_grid_knows_the_scales(self):
+        """The stiffness is the spacing of the scaled grid."""
+        params, seen = ag.to_grid(jnp.full((2, 8), 0.3), "float8_e4m3fn", scale=2.0**-6), []
+
+        def spy(updates, state, params=None):
+            seen.append(updates)
+            return updates, state
+
+        inner = optax.chain(
+            ag.stiffness_precondition(format="float8_e4m3fn"), optax.GradientTransformation(lambda params: (), spy)
+        )
+        tx = ag.on_grid(inner)
+        tx.update(jnp.full((2, 8), 1e-3), tx.init(params), params)
+        spacing = 2.0**-6 * ag.spacing(params.value() / 2.0**-6, "float8_e4m3fn")
+        np.testing.assert_allclose(seen[0], 1e-3 * spacing, rtol=1e-6)
+        # Far from zero a scaled floating-point grid has the same spacing, but not near it.
+        small = ag.to_grid(jnp.full((2, 8), 2.0**-12), "float8_e4m3fn", scale=2.0**-6)
+        tx.update(jnp.ones((2, 8)), tx.init(small), small)
+        np.testing.assert_array_equal(seen[1], 2.0**-6 * 2.0**-9)
+
+
 class TestErrors:
     """What is owed comes from the movement."""
 
