@@ -141,7 +141,6 @@ class TestOrder:
             step = np.spacing(np.abs(params)) if format is None else np.asarray(ag.spacing(params, format))
             np.testing.assert_allclose(optax.tree.get(state, "ulp_position"), moved / step, rtol=1e-6)
 
-
     def test_a_chain_inside_of_on_grid_knows_the_scales(self):
         """The stiffness is the spacing of the scaled grid."""
         params, seen = ag.to_grid(jnp.full((2, 8), 0.3), "float8_e4m3fn", scale=2.0**-6), []

@@ -158,7 +158,7 @@ class TestLeafKeys:
             name = zlib.crc32(jax.tree_util.keystr(path).encode())
             words = mixed(mixed(mixed(seed) ^ name) ^ mixed(step)), mixed(mixed((step + name) % 2**32) ^ 0x9E3779B9)
             assert tuple(map(int, key)) == words
-            drawn = [(mixed((words[0] + i) % 2**32) ^ words[1]) * 0x9E3779B1 % 2**32 for i in range(6)]
+            drawn = [(mixed((mixed(words[0]) + i) % 2**32) ^ words[1]) * 0x9E3779B1 % 2**32 for i in range(6)]
             np.testing.assert_array_equal(random_words(key, (2, 3)), np.reshape(drawn, (2, 3)))
 
     def test_depend_on_their_own_path_alone(self):
