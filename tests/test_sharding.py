@@ -164,6 +164,7 @@ print(int(jax.jit(ag.diagnostics.fingerprint)(ours)))
 """
 
 
+@pytest.mark.slow
 class TestProcesses:
     """Two processes on the loopback, one device each."""
 
