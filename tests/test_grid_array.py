@@ -292,6 +292,22 @@ class TestFp8:
             ag.to_grid(jnp.ones((2, 2)), name).fp8()
 
 
+def test_storing_and_reading_compile_one_program_each():
+    """For a new shape; operations by themselves would be dozens, and seconds."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    x = jnp.asarray(np.linspace(-1, 1, 23 * 41, dtype=np.float32).reshape(23, 41))
+
+    def programs(function):
+        compiled.clear()
+        result = function()
+        return result, sum("backend_compile" in event for event in compiled)
+
+    stored, of_storing = programs(lambda: ag.to_grid(x))
+    _, of_reading = programs(lambda: ag.from_grid(stored))
+    assert (of_storing, of_reading) == (1, 1)
+
+
 class TestPytree:
     """A GridArray is a node of two leaves for every transformation of JAX."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from chains import STORED as CHAINS
 from optax import contrib
 from quick import some
 
@@ -20,14 +21,6 @@ import altgrad_jax.flax_support
 
 PARAMS = ag.to_grid({"kernel": jax.random.normal(jax.random.key(0), (8, 16)), "bias": jnp.zeros(16)})
 GRADIENTS = jax.tree.map(jnp.ones_like, ag.from_grid(PARAMS))
-CHAINS = {
-    "grid_adamw": lambda: ag.grid_adamw(1e-2),
-    "grid_adamw, no momentum": lambda: ag.grid_adamw(1e-2, b1=0),
-    "grid_adamw, 8bit": lambda: ag.grid_adamw(1e-2, second_moment="8bit"),
-    "grid_adamw, float32": lambda: ag.grid_adamw(1e-2, second_moment="float32"),
-    "grid_sgd": lambda: ag.grid_sgd(1.0),
-    "on_grid": lambda: ag.on_grid(optax.adamw(1e-2)),
-}
 
 
 def stepped(tx, params=PARAMS, steps=3, gradients=GRADIENTS, **extra):

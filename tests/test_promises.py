@@ -167,9 +167,8 @@ class TestErrors:
 
     def test_below_the_ulp_of_the_weight(self):
         """2**-30 at w = 1 is lost in the sum of both, and not in what is owed."""
-        with jax.enable_x64(False):
-            w, owed = jnp.float32(1.0), jnp.float32(2.0**-30)
-            _, _, after = moved(w, jnp.float32(0), owed, jnp.float32(2.0**-4), lambda t, near: t, 0.1, 0.1)
+        w, owed = jnp.float32(1.0), jnp.float32(2.0**-30)
+        _, _, after = moved(w, jnp.float32(0), owed, jnp.float32(2.0**-4), lambda t, near: t, 0.1, 0.1)
         np.testing.assert_allclose(after, 2.0**-30, rtol=1e-6)
 
 

@@ -16,18 +16,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from chains import STORED
 from jax.sharding import AxisType
 from quick import some
 
 import altgrad_jax as ag
 
-CHAINS = {
-    "grid_adamw": lambda: ag.grid_adamw(1e-2),
-    "grid_adamw, no momentum": lambda: ag.grid_adamw(1e-2, b1=0),
-    "grid_adamw, 8bit": lambda: ag.grid_adamw(1e-2, second_moment="8bit"),
-    "grid_adamw, float32": lambda: ag.grid_adamw(1e-2, second_moment="float32"),
-    "grid_sgd": lambda: ag.grid_sgd(1.0),
-    "on_grid(adamw)": lambda: ag.on_grid(optax.adamw(1e-2)),
+CHAINS = STORED | {
     "on_grid(momentum)": lambda: ag.on_grid(optax.scale(-1e-2), momentum=0.9),
     "manifold_adamw": lambda: ag.manifold_adamw(1e-2),
 }
