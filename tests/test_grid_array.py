@@ -294,8 +294,8 @@ class TestFp8:
 
 def test_storing_and_reading_compile_one_program_each():
     """For a new shape; operations by themselves would be dozens, and seconds."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+    compiled, listener = [], lambda event, *_, **__: compiled.append(event)
+    jax.monitoring.register_event_duration_secs_listener(listener)
     x = jnp.asarray(np.linspace(-1, 1, 23 * 41, dtype=np.float32).reshape(23, 41))
 
     def programs(function):
@@ -305,6 +305,7 @@ def test_storing_and_reading_compile_one_program_each():
 
     stored, of_storing = programs(lambda: ag.to_grid(x))
     _, of_reading = programs(lambda: ag.from_grid(stored))
+    jax.monitoring.unregister_event_duration_listener(listener)
     assert (of_storing, of_reading) == (1, 1)
 
 
