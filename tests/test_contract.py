@@ -33,7 +33,7 @@ EXACT = ("stiffness", "stiffness(format)", "tracker", "tracker(format)")
 TRACKING = [name for name in TRANSFORMATIONS if "stiffness" not in name and "compress" not in name]
 
 
-QUICK = ("stiffness(format)", "manifold_adamw", "compress_state(adamw)")
+QUICK = ("stiffness(format)", "manifold_adamw")
 
 
 @pytest.fixture(params=some(TRANSFORMATIONS, QUICK.__contains__))

@@ -298,6 +298,7 @@ class TestResumption:
         assert len(self.lines(killed)) < len(expected)
         assert self.finish(killed, small) == expected
 
+    @pytest.mark.slow
     def test_repeats_no_failure(self, modules, small, tmp_path):
         """Its line is filed under the job that made it."""
         path, config = tmp_path / "study.jsonl", dataclasses.replace(small, optimizers=("adamw",))

@@ -493,7 +493,7 @@ class TestDeterminism:
             assert abs(agreement - (0.4**2 + 0.6**2)) < 0.05
 
     @pytest.mark.parametrize("momentum", [None, 0.9])
-    @pytest.mark.parametrize("spec", [jax.P("d"), jax.P(None, "d")])
+    @pytest.mark.parametrize("spec", some([jax.P("d"), jax.P(None, "d")], lambda spec: len(spec) > 1))
     def test_any_explicit_sharding_gives_the_same_bits(self, momentum, spec):
         """Those that JAX infers are in test_sharding.py."""
         # The inner transformation is only a product: XLA:CPU contracts Adam's sums differently for other shapes.
@@ -566,7 +566,7 @@ class TestStacks:
         np.testing.assert_array_equal(scanned, ag.from_grid(layers[0]) + ag.from_grid(layers[1]))
 
         gradients = jax.random.normal(jax.random.key(1), stack.shape)
-        mapped, _ = jax.vmap(tx.update)(gradients, jax.vmap(tx.init)(stack), stack)
+        mapped, _ = jax.jit(jax.vmap(tx.update))(gradients, jax.jit(jax.vmap(tx.init))(stack), stack)
         for i, layer in enumerate(layers):
             alone, _ = update(gradients[i], tx.init(layer), layer)
             chex.assert_trees_all_equal(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), alone)
@@ -611,7 +611,7 @@ class TestOptaxContract:
         ("x64", "dtype"),
         some(
             [(x64, dtype) for x64 in (False, True) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)],
-            ((False, jnp.bfloat16), (True, jnp.float32)).__contains__,
+            (False, jnp.bfloat16).__eq__,
         ),
     )
     def test_state_and_updates_keep_the_dtypes_of_small_leaves_and_gradients(self, dtype, x64):

@@ -21,7 +21,7 @@ import altgrad_jax as ag
 from altgrad_jax.codec import exponent_range
 
 _every = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "database": None}
-hypothesis.settings.register_profile("short", max_examples=15, derandomize=True, **_every)
+hypothesis.settings.register_profile("short", max_examples=10, derandomize=True, **_every)
 hypothesis.settings.register_profile("long", max_examples=5000, **_every)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
