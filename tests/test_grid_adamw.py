@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from quick import some
 
 import altgrad_jax as ag
 from altgrad_jax.factored import scale_by_factored_rms
-from quick import some
 
 
 class TestBytes:

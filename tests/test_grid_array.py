@@ -41,7 +41,9 @@ def flushed(values):
     return np.where(np.abs(values) < 2.0**-126, 0, values)
 
 
-@pytest.mark.parametrize(("name", "fraction_bits"), some(STORED, lambda stored: stored[0] in QUICK and stored != ("bfloat16", 8)))
+@pytest.mark.parametrize(
+    ("name", "fraction_bits"), some(STORED, lambda stored: stored[0] in QUICK and stored != ("bfloat16", 8))
+)
 class TestEveryIndex:
     """All indices of every format, with and without fraction bits."""
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import some
 
 import altgrad_jax as ag
 from altgrad_jax.factored import scale_by_factored_rms
-from quick import some
 
 SHAPE, STEPS, RATE = (64, 64), 2560, 1e-3
 GRADIENT = 0.01 * (1 + 0.1 * jax.random.normal(jax.random.key(1), SHAPE))
