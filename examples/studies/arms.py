@@ -1,0 +1,256 @@
+"""The arms of the studies: ways to keep the weights and the moments, and the rivals as Optax chains."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import altgrad_jax as ag
+from altgrad_jax.factored import scale_by_factored_rms
+
+WEIGHT_DECAY, EPS = 0.01, 1e-8
+Optimizer = Callable[..., optax.GradientTransformation]  # of (schedule, b1, b2, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A way to keep the weights and the moments."""
+
+    name: str
+    optimizer: Optimizer
+    format: str | None = None  # None: float32 weights
+    fraction_bits: int = 0
+    twin: str | None = None  # The float32 arm of the same order and second moment.
+    shift: int = 0  # Of the center of the learning rates, in powers of sqrt(2).
+    headline: bool = False  # More seeds, and other hyperparameters.
+
+    def store(self, params: optax.Params) -> optax.Params:
+        if self.format is None:
+            return params
+        return ag.to_grid(params, self.format, fraction_bits=self.fraction_bits)
+
+    def values(self, params: optax.Params) -> optax.Params:
+        return ag.from_grid(params)
+
+
+# float32
+
+
+def adamw(schedule, b1, b2, seed):
+    return optax.adamw(schedule, b1, b2, EPS, weight_decay=WEIGHT_DECAY)
+
+
+def normalized(schedule, b2, factored):
+    """A second moment, weight decay and learning rate: what `ag.grid_adamw` has inside."""
+    whole = optax.scale_by_rms(b2, EPS, eps_in_sqrt=False, bias_correction=True)
+    return optax.chain(
+        scale_by_factored_rms(b2, EPS) if factored else whole,
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def laprop(schedule, b1, b2, seed, factored=False):
+    return optax.chain(normalized(schedule, b2, factored), optax.ema(b1))
+
+
+def rmsprop(schedule, b1, b2, seed, factored=False):
+    return normalized(schedule, b2, factored)
+
+
+def lion(schedule, b1, b2, seed):
+    return optax.lion(schedule, b1, b2, weight_decay=WEIGHT_DECAY)
+
+
+def muon(schedule, b1, b2, seed):
+    """For the layers, at the rates of AdamW (arXiv 2502.16982); AdamW for embeddings, head and norms."""
+
+    def matrices(params):
+        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        return jax.tree.map_with_path(lambda path, w: matrix if w.ndim == 3 else None, params)
+
+    options = {"adam_b1": b1, "adam_b2": b2, "weight_decay": WEIGHT_DECAY, "adam_weight_decay": WEIGHT_DECAY}
+    return optax.contrib.muon(schedule, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, **options)
+
+
+# Weights on a grid
+
+
+def two_bytes(schedule, b1, b2, seed):
+    return ag.grid_adamw(schedule, b1, b2, EPS, WEIGHT_DECAY, seed=seed)
+
+
+def three_bytes(schedule, b1, b2, seed):
+    return ag.grid_adamw(schedule, b1, b2, EPS, WEIGHT_DECAY, second_moment="8bit", seed=seed)
+
+
+def no_momentum(schedule, b1, b2, seed):
+    return ag.grid_adamw(schedule, 0.0, b2, EPS, WEIGHT_DECAY, seed=seed)
+
+
+def compressed(optimizer: Optimizer, min_size: int = 256) -> Optimizer:
+    """Any float32 optimizer on stored weights, rounded stochastically, with its moments in one byte."""
+
+    def stored(schedule, b1, b2, seed):
+        inner = ag.on_grid(optimizer(schedule, b1, b2, seed), seed=seed)
+        return ag.compress_state(inner, seed=seed, min_size=min_size)
+
+    return stored
+
+
+def stored(optimizer: Optimizer) -> Optimizer:
+    """Any float32 optimizer on stored weights, rounded stochastically; its state as it is."""
+    return lambda schedule, b1, b2, seed: ag.on_grid(optimizer(schedule, b1, b2, seed), seed=seed)
+
+
+def four_bits(schedule, b1, b2, seed):
+    """A momentum of 4 bits, rounded stochastically, after the factored second moment. (Kept in float32 here.)"""
+
+    def init(params):
+        return jax.random.key(seed), jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates, state, params=None):
+        key, momentum = jax.random.split(state[0])[0], state[1]
+        moved = jax.tree.map(lambda m, u: b1 * m + (1 - b1) * u, momentum, updates)
+
+        def kept(path, m):
+            if m.ndim < 2:
+                return m
+            scale = ag.power_of_two_scale(m, "float4_e2m1fn", -1)
+            own = jax.random.fold_in(key, hash_of(path))
+            return scale * ag.round_stochastic(own, m / scale, "float4_e2m1fn")
+
+        return moved, (jax.random.split(state[0])[1], jax.tree.map_with_path(kept, moved))
+
+    return ag.on_grid(
+        optax.chain(normalized(schedule, b2, True), optax.GradientTransformation(init, update)), seed=seed
+    )
+
+
+def hash_of(path) -> int:
+    return sum(map(ord, jax.tree_util.keystr(path)))
+
+
+# Rivals
+
+
+def scale_by_apollo_mini(b1, b2, seed, period=200, growth=1.01):
+    """APOLLO-Mini (Zhu et al. 2024, arXiv 2412.05270): Adam of a random projection to rank 1 scales the gradient.
+
+    Every matrix is multiplied by sqrt(128) times the ratio of the norms of Adam's update and of the projected gradient.
+    The norm of an update grows by at most 1 % per step. Vectors have Adam.
+    """
+    adam = optax.scale_by_adam(b1, b2, EPS)
+
+    def projected(step, updates):
+        def of(path, g):
+            if g.ndim < 2:
+                return g
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step // period), hash_of(path))
+            return jax.random.normal(key, (1, g.shape[-2])) @ g
+
+        return jax.tree.map_with_path(of, updates)
+
+    def init(params):
+        small = jax.tree.map(lambda p: jnp.zeros_like(p[..., :1, :] if p.ndim > 1 else p), params)
+        return jnp.int32(0), adam.init(small), jax.tree.map(lambda p: jnp.zeros((*p.shape[:-2], 1, 1)), params)
+
+    def update(updates, state, params=None):
+        step, inner, before = state
+        small = projected(step, updates)
+        moved, inner = adam.update(small, inner)
+
+        def scaled(g, r, m, last):
+            if g.ndim < 2:
+                return m, last
+            update = 128**0.5 * norm(m) / (norm(r) + EPS) * g
+            limit = jnp.where(last > 0, growth * last, jnp.inf)
+            update *= jnp.minimum(1, limit / (norm(update) + EPS))
+            return update, norm(update)
+
+        pairs = jax.tree.map(scaled, updates, small, moved, before)
+        updates, norms = (
+            jax.tree.map(lambda pair, i=i: pair[i], pairs, is_leaf=lambda x: isinstance(x, tuple)) for i in (0, 1)
+        )
+        return updates, (step + 1, inner, norms)
+
+    return optax.GradientTransformation(init, update)
+
+
+def norm(x):
+    return jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+
+
+def apollo_mini(schedule, b1, b2, seed):
+    return optax.chain(
+        scale_by_apollo_mini(b1, b2, seed),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def scale(schedule, b1, b2, seed):
+    """SCALE (Glentis et al. 2025, arXiv 2506.16659): columns of norm 1, a momentum for the head only; Adam for vectors."""
+    columns = optax.stateless_with_tree_map(lambda g, _: g / (jnp.linalg.norm(g, axis=-2, keepdims=True) + EPS))
+
+    def kind(path, p):
+        return "vector" if p.ndim < 2 or "gain" in str(path[-1]) else "head" if "head" in str(path[-1]) else "matrix"
+
+    parts = {
+        "vector": optax.scale_by_adam(b1, b2, EPS),
+        "head": optax.chain(optax.ema(b1), columns),
+        "matrix": columns,
+    }
+    return optax.chain(
+        optax.partition(parts, lambda params: jax.tree.map_with_path(kind, params)),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+FACTORED, PLAIN = "factored", "factored, no momentum"
+EIGHT_BITS = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
+_short = lambda format: format.removeprefix("float8_").removeprefix("float6_")  # noqa: E731
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("adamw", adamw, headline=True),
+        Arm("laprop", laprop),
+        Arm("rmsprop", rmsprop),
+        Arm(FACTORED, functools.partial(laprop, factored=True), headline=True),
+        Arm(PLAIN, functools.partial(rmsprop, factored=True), headline=True),
+        Arm("muon", muon),
+        Arm("lion", lion, shift=-5),
+        *(Arm(f"1 byte {_short(f)}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4") for f in EIGHT_BITS),
+        Arm("1.5 bytes e3m4", four_bits, "float8_e3m4", twin=FACTORED),
+        *(Arm(f"2 bytes {_short(f)}", two_bytes, f, twin=FACTORED, headline=f == "float8_e3m4") for f in EIGHT_BITS),
+        Arm("2 bytes, 16 bits e3m4", no_momentum, "float8_e3m4", 8, twin=PLAIN, headline=True),
+        Arm("2 bytes, bfloat16", no_momentum, "bfloat16", twin=PLAIN, headline=True),
+        Arm("2 bytes, APOLLO-Mini", stored(apollo_mini), "bfloat16", twin="apollo-mini", shift=1),
+        Arm("apollo-mini", apollo_mini, shift=1),
+        Arm("2 bytes, SCALE", stored(scale), "bfloat16", twin="scale", shift=5),
+        Arm("scale", scale, shift=5),
+        Arm("2 bytes, lion e3m4", compressed(lion), "float8_e3m4", twin="lion", shift=-5),
+        Arm("2 bytes, muon e3m4", compressed(muon), "float8_e3m4", twin="muon"),
+        Arm("3 bytes, 16 bits e3m4", two_bytes, "float8_e3m4", 8, twin=FACTORED, headline=True),
+        Arm("3 bytes, 8-bit m and v", three_bytes, "float8_e3m4", twin="laprop"),
+        Arm("3 bytes, lion 16 bits", compressed(lion), "float8_e3m4", 8, twin="lion", shift=-5),
+        Arm("3 bytes, muon 16 bits", compressed(muon), "float8_e3m4", 8, twin="muon"),
+        Arm("4 bytes, 16 bits e3m4", compressed(adamw), "float8_e3m4", 8, twin="adamw"),
+        Arm("4 bytes, bfloat16", compressed(adamw), "bfloat16", twin="adamw"),
+    )
+}
+LINE = (
+    "adamw",
+    FACTORED,
+    PLAIN,
+    "1 byte e3m4",
+    "2 bytes, bfloat16",
+    "2 bytes e3m4",
+    "2 bytes E2M5",
+    "3 bytes, 16 bits e3m4",
+)

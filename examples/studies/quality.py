@@ -1,0 +1,246 @@
+"""Quality at 1, 2, 3 and 4 bytes per weight, beside the rivals, and how the gap to float32 goes with the model's size.
+
+    python examples/studies/quality.py tune               # AdamW's b1, b2 and warm-up, for all that follows
+    python examples/studies/quality.py table              # all arms, and other settings, on 60 thousand weights
+    python examples/studies/quality.py line               # eight arms on 7 thousand to 1 million weights
+    python examples/studies/quality.py line --sizes 4M    # larger ones, on an accelerator
+    python examples/studies/quality.py report             # tables and picture of what is there
+    python examples/studies/quality.py table --quick      # three arms of a tiny model, in a temporary folder
+
+Every arm takes its own best learning rate of the powers of sqrt(2), chosen with seeds that evaluate nothing; then fresh
+seeds, which give initial weights, batches and random bits, compare arms in pairs. Runs are lines of results/quality.jsonl
+beside this file, and a restart goes on where the last one ended. On an accelerator `--lanes 24` trains 24 runs at once,
+and eight threads compile. Needs `pip install -e ".[study]"`.
+"""
+
+import argparse
+import functools
+import pathlib
+import tempfile
+import threading
+import time
+
+import harness
+import jax
+import jax.numpy as jnp
+import language
+import numpy as np
+from arms import ARMS, FACTORED, LINE
+from harness import gap
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
+MEASURED = ("loss", "bytes", "seconds")
+TUNED = {"b1": (0.8, 0.9, 0.95), "b2": (0.95, 0.98, 0.995), "warm_up": (0.05, 0.15)}
+DEFAULTS = {"b1": 0.9, "b2": 0.98, "warm_up": 0.05, "end": 0.0, "spike": 1.0}
+TUNING_SIZE, TABLE_SIZE = "60k", "60k"
+# Other settings: a multiple of the arm's best learning rate, and what differs. For headline arms.
+VARIANTS = {
+    "half the rate": (1 / 2, {}),
+    "a sixth of the rate": (1 / 6, {}),
+    "cosine to 0.1": (1.0, {"end": 0.1}),
+    "b2 = 0.999": (1.0, {"b2": 0.999}),
+    "a gradient times 1e6": (1.0, {"spike": 1e6}),
+}
+VARIANT_SEEDS = 8
+
+
+class Runner:
+    """Trains what the store does not have, `lanes` runs at once."""
+
+    def __init__(self, store: harness.Store, lanes: int):
+        self.store, self.lanes, self.device = store, lanes, jax.devices()[0].device_kind
+        self.compiling = threading.Lock()
+
+    def names(self, task, arm, role, **numbers) -> dict:
+        about = {"task": task.name, "steps": task.steps, "arm": arm.name, "role": role}
+        return about | numbers | {"jax": jax.__version__, "device": self.device}
+
+    def losses(self, task: language.Task, arm, wanted: list[dict]) -> list[float]:
+        """Of runs with these names, in their order; inf for one that diverged."""
+        missing = [run for run in wanted if self.store.find(run) is None]
+        for i in range(0, len(missing), self.lanes):
+            part = missing[i : i + self.lanes]
+            padded = part + part[-1:] * (self.lanes - len(part))
+            train, size = compiled(task, arm, self.lanes)
+            begun = time.perf_counter()
+            losses = np.asarray(train(*numbers_of(padded)))
+            seconds = round((time.perf_counter() - begun) / len(part), 3)
+            for run, loss in zip(part, losses.tolist(), strict=False):
+                loss = round(loss, 6) if np.isfinite(loss) else None  # JSON has no NaN.
+                self.store.add(run | {"loss": loss, "bytes": size, "seconds": seconds})
+        found = [self.store.find(run)["loss"] for run in wanted]
+        return [np.inf if loss is None else loss for loss in found]
+
+
+def numbers_of(runs: list[dict]) -> list[jax.Array]:
+    dtypes = [jnp.uint32 if name == "seed" else jnp.float32 for name in language.HYPERPARAMETERS]
+    columns = ([run[name] for run in runs] for name in language.HYPERPARAMETERS)
+    return [jnp.asarray(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)]
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(task: language.Task, arm, lanes: int):
+    train, validate = language.text()
+    example = [dict.fromkeys(language.HYPERPARAMETERS, 0)] * lanes
+    program = language.trainer(task, arm).lower(train, validate, *numbers_of(example)).compile()
+    return functools.partial(program, train, validate), language.bytes_per_weight(task, arm)
+
+
+def rate(exponent: int) -> float:
+    return float(np.float32(2.0 ** (exponent / 2)))
+
+
+def tuned(store: harness.Store) -> dict:
+    """The hyperparameters with which AdamW has its lowest mean loss on the tuning task."""
+    groups: dict[tuple, list[float]] = {}
+    for run in store.runs.values():
+        if run["role"] == "tune":
+            loss = np.inf if run["loss"] is None else run["loss"]
+            groups.setdefault((run["b1"], run["b2"], run["warm_up"], run["learning_rate"]), []).append(loss)
+    if not groups:
+        return DEFAULTS
+    b1, b2, warm_up, _ = min(groups, key=lambda key: np.mean(groups[key]))
+    return DEFAULTS | {"b1": b1, "b2": b2, "warm_up": warm_up}
+
+
+def tune(runner: Runner, task: language.Task) -> None:
+    wanted = [
+        runner.names(
+            task, ARMS["adamw"], "tune", **DEFAULTS | {"b1": b1, "b2": b2, "warm_up": w}, learning_rate=rate(k), seed=s
+        )
+        for b1 in TUNED["b1"]
+        for b2 in TUNED["b2"]
+        for w in TUNED["warm_up"]
+        for k in (task.center - 1, task.center + 1)
+        for s in (1000, 1001)
+    ]
+    runner.losses(task, ARMS["adamw"], wanted)
+
+
+def study(runner: Runner, task: language.Task, arm, seeds: int, variants: bool) -> None:
+    """The learning rate of an arm, then its seeds, then its other settings."""
+    numbers = tuned(runner.store)
+    name = functools.partial(runner.names, task, arm)
+
+    def selected(exponents):
+        wanted = [
+            name("select", **numbers, learning_rate=rate(k), seed=1000 + s)
+            for k in exponents
+            for s in range(task.select)
+        ]
+        return np.reshape(runner.losses(task, arm, wanted), (len(exponents), -1)).mean(1).tolist()
+
+    best = rate(harness.lowest(selected, task.center + arm.shift))
+    wanted = [name("evaluate", **numbers, learning_rate=best, seed=s) for s in range(seeds)]
+    for role, (factor, changed) in VARIANTS.items() if variants else ():
+        wanted += [
+            name(role, **numbers | changed, learning_rate=factor * best, seed=s)
+            for s in range(min(seeds, VARIANT_SEEDS))
+        ]
+    runner.losses(task, arm, wanted)
+
+
+def jobs_of(command: str, sizes: list[str], most_seeds: int | None) -> list[tuple]:
+    """Task, arm, seeds and whether there are variants."""
+    if command == "tune":
+        return [(TUNING_SIZE, "adamw", 0, False)]
+    seeds = lambda task, arm: min(most_seeds or task.seeds, task.seeds if arm.headline else 8)  # noqa: E731
+    tasks = [language.TASKS[name] for name in sizes]
+    if command == "line":
+        return [(task.name, name, min(most_seeds or 8, task.seeds), False) for task in tasks for name in LINE]
+    jobs = [(task.name, arm.name, seeds(task, arm), arm.headline) for task in tasks for arm in ARMS.values()]
+    batches = [f"{TABLE_SIZE}, batch 4", f"{TABLE_SIZE}, batch 64"] if sizes == [TABLE_SIZE] else []
+    return jobs + [(name, arm, 8, False) for name in batches for arm in ("adamw", FACTORED, "2 bytes e3m4")]
+
+
+def work(path: pathlib.Path, lanes: int, job: tuple, runner: Runner | None = None) -> None:
+    runner = runner or Runner(harness.Store(path, MEASURED), lanes)
+    name, arm, seeds, variants = job
+    task = language.TASKS[name]
+    if not seeds:
+        tune(runner, task)
+    else:
+        study(runner, task, ARMS[arm], seeds, variants)
+
+
+def report(store: harness.Store) -> str:
+    """Per task the arms, their gaps to AdamW and to their twins, and the other settings of headline arms."""
+    losses: dict[tuple, dict[int, float]] = {}
+    first: dict[tuple, dict] = {}
+    for run in store.runs.values():
+        key = run["task"], run["role"], run["arm"]
+        losses.setdefault(key, {})[run["seed"]] = np.inf if run["loss"] is None else run["loss"]
+        first.setdefault(key, run)
+    numbers = tuned(store)
+    parts = [f"AdamW tuned: b1 {numbers['b1']}, b2 {numbers['b2']}, warm-up {numbers['warm_up']:.0%} of the steps."]
+    for task in language.TASKS:
+        arms = [name for name in ARMS if (task, "evaluate", name) in losses]
+        rows = []
+        for name in arms:
+            own, run, twin = losses[task, "evaluate", name], first[task, "evaluate", name], ARMS[name].twin
+            rows.append([name, f"{run['bytes']:.2f}", f"2^{2 * np.log2(run['learning_rate']):.0f}/2"])
+            rows[-1] += [
+                f"{np.mean(list(own.values())):.4f}",
+                written(own, losses.get((task, "evaluate", "adamw"), {})),
+            ]
+            rows[-1] += [written(own, losses.get((task, "evaluate", twin), {})) if twin else "", str(len(own))]
+        if rows:
+            header = ["arm", "bytes", "rate", "loss", "to AdamW", "to its twin", "seeds"]
+            parts.append(f"## {task}\n\n{harness.table(header, rows)}")
+        rows = [[name, *(cell(losses, task, role, name) for role in VARIANTS)] for name in arms]
+        rows = [row for row in rows if any(row[1:])]
+        if rows:
+            parts.append(f"### {task}: other settings, to the twin\n\n{harness.table(['arm', *VARIANTS], rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def cell(losses: dict, task: str, role: str, name: str) -> str:
+    own, twin = losses.get((task, role, name), {}), ARMS[name].twin
+    if not own:
+        return ""
+    return written(own, losses.get((task, role, twin), {})) if twin else f"{np.mean(list(own.values())):.4f}"
+
+
+def written(own: dict[int, float], reference: dict[int, float]) -> str:
+    mean, half, n = gap(own, reference)
+    return f"{mean:+.4f} ± {half:.4f}" if n > 1 else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("command", choices=("tune", "table", "line", "report", "pack"))
+    parser.add_argument("--sizes", nargs="+", choices=language.TASKS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all of the command")
+    parser.add_argument("--seeds", type=int, help="the most seeds of an arm; default: 8 to 24")
+    parser.add_argument("--lanes", type=int, default=1, help="runs at once, by jax.vmap; default: %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="CPU processes, or threads with lanes; default: %(default)s"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="three arms of a tiny model, in a temporary folder")
+    args = parser.parse_args()
+    sizes = args.sizes or {"table": [TABLE_SIZE], "line": ["7k", "60k", "260k", "1M"]}.get(args.command, [])
+    if args.quick:
+        sizes, args.arms = ["tiny"], ["adamw", FACTORED, "2 bytes e3m4"]
+        args.out = pathlib.Path(tempfile.mkdtemp()) / RESULTS.name
+    store = harness.Store(args.out, MEASURED)
+    if args.command == "pack":
+        print(store.pack())
+        return
+    if args.command != "report":
+        store.add(harness.provenance())
+        jobs = [job for job in jobs_of(args.command, sizes, args.seeds) if job[1] in args.arms]
+        if args.lanes > 1 or args.workers == 1:
+            runner = Runner(store, args.lanes)
+            language.text()
+            harness.in_threads(
+                [functools.partial(work, args.out, args.lanes, job, runner) for job in jobs], args.workers
+            )
+        else:
+            harness.in_processes(work, [(args.out, args.lanes, job) for job in jobs], args.workers)
+            store = harness.Store(args.out, MEASURED)
+    print(report(store))
+
+
+if __name__ == "__main__":
+    main()
