@@ -58,10 +58,7 @@ def assert_near(ours, expected):
     assert float(jnp.mean(kernels[0] == kernels[1])) > 0.98 or ours["kernel"].dtype == jnp.float32
 
 
-QUICK = ("manifold_adamw of a format", "grid_adamw")
-
-
-@pytest.mark.parametrize("name", some(CHAINS, QUICK.__contains__))
+@pytest.mark.parametrize("name", some(CHAINS, "grid_adamw".__eq__))
 class TestModes:
     """Nothing raises, and nothing changes."""
 

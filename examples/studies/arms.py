@@ -193,7 +193,7 @@ def apollo_mini(schedule, b1, b2, seed):
 
 
 def scale(schedule, b1, b2, seed):
-    """SCALE (Glentis et al. 2025, arXiv 2506.16659): columns of norm 1, a momentum for the head only; Adam for vectors."""
+    """SCALE (Glentis et al. 2025, arXiv 2506.16659): columns of norm 1, a momentum for the head; Adam for vectors."""
     columns = optax.stateless_with_tree_map(lambda g, _: g / (jnp.linalg.norm(g, axis=-2, keepdims=True) + EPS))
 
     def kind(path, p):
@@ -213,7 +213,6 @@ def scale(schedule, b1, b2, seed):
 
 FACTORED, PLAIN = "factored", "factored, no momentum"
 EIGHT_BITS = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
-_short = lambda format: format.removeprefix("float8_").removeprefix("float6_")  # noqa: E731
 
 ARMS = {
     arm.name: arm
@@ -225,9 +224,15 @@ ARMS = {
         Arm(PLAIN, functools.partial(rmsprop, factored=True), headline=True),
         Arm("muon", muon),
         Arm("lion", lion, shift=-5),
-        *(Arm(f"1 byte {_short(f)}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4") for f in EIGHT_BITS),
+        *(
+            Arm(f"1 byte {f.rpartition('_')[2]}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4")
+            for f in EIGHT_BITS
+        ),
         Arm("1.5 bytes e3m4", four_bits, "float8_e3m4", twin=FACTORED),
-        *(Arm(f"2 bytes {_short(f)}", two_bytes, f, twin=FACTORED, headline=f == "float8_e3m4") for f in EIGHT_BITS),
+        *(
+            Arm(f"2 bytes {f.rpartition('_')[2]}", two_bytes, f, twin=FACTORED, headline=f == "float8_e3m4")
+            for f in EIGHT_BITS
+        ),
         Arm("2 bytes, 16 bits e3m4", no_momentum, "float8_e3m4", 8, twin=PLAIN, headline=True),
         Arm("2 bytes, bfloat16", no_momentum, "bfloat16", twin=PLAIN, headline=True),
         Arm("2 bytes, APOLLO-Mini", stored(apollo_mini), "bfloat16", twin="apollo-mini", shift=1),

@@ -149,7 +149,7 @@ def jobs_of(command: str, sizes: list[str], most_seeds: int | None) -> list[tupl
     if command == "line":
         return [(task.name, name, min(most_seeds or 8, task.seeds), False) for task in tasks for name in LINE]
     jobs = [(task.name, arm.name, seeds(task, arm), arm.headline) for task in tasks for arm in ARMS.values()]
-    batches = [f"{TABLE_SIZE}, batch 4", f"{TABLE_SIZE}, batch 64"] if sizes == [TABLE_SIZE] else []
+    batches = [f"{TABLE_SIZE}, batch 2", f"{TABLE_SIZE}, batch 32"] if sizes == [TABLE_SIZE] else []
     return jobs + [(name, arm, 8, False) for name in batches for arm in ("adamw", FACTORED, "2 bytes e3m4")]
 
 

@@ -1,0 +1,138 @@
+"""The module of the studies: what a restart finds, the search for a learning rate, pairs; and a study of a tiny model."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+STUDIES = pathlib.Path(__file__).parents[1] / "examples" / "studies"
+NAMES = ("harness", "language", "arms", "quality")
+
+
+@pytest.fixture(scope="module")
+def studies():
+    """The modules, imported as the commands import them; those of another study may have the same names."""
+    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    sys.path.insert(0, str(STUDIES))
+    yield {name: importlib.import_module(name) for name in NAMES}
+    sys.path.remove(str(STUDIES))
+    for name in NAMES:
+        sys.modules.pop(name)
+    sys.modules.update(others)
+
+
+@pytest.fixture
+def harness(studies):
+    return studies["harness"]
+
+
+class TestStore:
+    def test_finds_runs_by_their_names(self, harness, tmp_path):
+        store = harness.Store(tmp_path / "a.jsonl", ["loss"])
+        store.add({"arm": "a", "seed": 1, "loss": 2.0})
+        store.add({"commit": "0123abc"})
+        again = harness.Store(tmp_path / "a.jsonl", ["loss"])
+        assert again.find({"seed": 1, "arm": "a"})["loss"] == 2.0
+        assert again.find({"seed": 2, "arm": "a"}) is None
+        assert again.starts == [{"commit": "0123abc"}]
+
+    def test_goes_on_after_a_line_that_a_kill_cut_off(self, harness, tmp_path, capsys):
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"seed": 1, "loss": 2.0}\n{"seed": 2, "lo')
+        store = harness.Store(path, ["loss"])
+        assert "left out a broken line" in capsys.readouterr().err
+        store.add({"seed": 3, "loss": 3.0})
+        assert [run["seed"] for run in harness.Store(path, ["loss"]).runs.values()] == [1, 3]
+
+    def test_goes_on_from_a_compressed_file(self, harness, tmp_path):
+        path = tmp_path / "a.jsonl"
+        store = harness.Store(path, ["loss"])
+        store.add({"commit": "0123abc"})
+        store.add({"seed": 1, "loss": None})
+        packed = store.pack()
+        assert packed.name == "a.jsonl.xz"
+        assert not path.exists()
+        again = harness.Store(path, ["loss"])
+        again.add({"seed": 2, "loss": 1.0})
+        both = harness.Store(path, ["loss"])
+        assert [run["seed"] for run in both.runs.values()] == [1, 2]
+        assert both.starts == [{"commit": "0123abc"}]
+
+
+class TestSearch:
+    @pytest.mark.parametrize("minimum", range(-9, 10))
+    def test_finds_the_lowest(self, harness, minimum):
+        seen = []
+
+        def losses(exponents):
+            seen.extend(exponents)
+            return [abs(k - minimum) for k in exponents]
+
+        assert harness.lowest(losses, 0) == minimum
+        assert len(seen) == len(set(seen))
+
+    def test_ends_where_nothing_has_a_minimum(self, harness):
+        assert harness.lowest(lambda exponents: [-k for k in exponents], 3) == 14
+
+    def test_takes_divergence_as_the_worst(self, harness):
+        assert harness.lowest(lambda exponents: [np.inf if k > 1 else -k for k in exponents], 0) == 1
+
+
+class TestGap:
+    def test_is_that_of_a_paired_test(self, harness):
+        a, b = np.random.default_rng(0).normal(size=(2, 7))
+        mean, half, number = harness.gap(dict(enumerate(a)), dict(enumerate(b)))
+        interval = stats.ttest_rel(a, b).confidence_interval(0.95)
+        np.testing.assert_allclose([mean - half, mean + half], interval)
+        assert number == 7
+
+    def test_takes_common_seeds_alone(self, harness):
+        assert harness.gap({0: 1.0, 1: 2.0, 2: 9.0}, {2: 8.0, 1: 1.0})[::2] == (1.0, 2)
+
+    def test_of_divergence(self, harness):
+        mean, _, number = harness.gap({0: np.inf, 1: 2.0}, {0: 1.0, 1: 1.0})
+        assert np.isnan(mean)
+        assert number == 2
+
+
+class TestQuality:
+    """Of a model that trains for two steps."""
+
+    @pytest.fixture
+    def study(self, studies, tmp_path):
+        quality = studies["quality"]
+        task = dataclasses.replace(studies["language"].TASKS["tiny"], steps=2)
+        path = tmp_path / "quality.jsonl"
+
+        def run(lanes=4):
+            runner = quality.Runner(studies["harness"].Store(path, quality.MEASURED), lanes)
+            for arm in ("factored", "2 bytes e3m4"):
+                quality.study(runner, task, studies["arms"].ARMS[arm], 2, True)
+            return path
+
+        return run
+
+    def test_repeats_nothing(self, study, studies, monkeypatch):
+        path = study()
+        text = path.read_text()
+        runs = [json.loads(line) for line in text.splitlines()]
+        assert {run["role"] for run in runs} == {"select", "evaluate", *studies["quality"].VARIANTS}
+        assert all(np.isfinite(run["loss"]) for run in runs)
+        rates = {run["arm"]: run["learning_rate"] for run in runs if run["role"] == "evaluate"}
+        tried = [run for run in runs if run["role"] == "select" and run["arm"] == "factored"]
+        assert rates["factored"] == min(tried, key=lambda run: run["loss"])["learning_rate"]
+        monkeypatch.setattr(studies["quality"], "compiled", None)
+        assert study(lanes=1).read_text() == text
+        page = studies["quality"].report(studies["harness"].Store(path, studies["quality"].MEASURED))
+        assert "| 2 bytes e3m4 | 2.51 |" in page
+
+
+def test_every_arm_has_its_twin(studies):
+    arms = studies["arms"].ARMS
+    assert all(arm.twin is None or arm.twin in arms for arm in arms.values())
+    assert set(studies["arms"].LINE) <= set(arms)
