@@ -214,6 +214,12 @@ def scale(schedule, b1, b2, seed):
 FACTORED, PLAIN = "factored", "factored, no momentum"
 EIGHT_BITS = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
 
+
+def arm_of(format: str, size: str, optimizer: Optimizer, twin: str) -> Arm:
+    headline = format in ("float8_e3m4", "float8_e4m3fn")
+    return Arm(f"{size} {format.rpartition('_')[2]}", optimizer, format, twin=twin, headline=headline)
+
+
 ARMS = {
     arm.name: arm
     for arm in (

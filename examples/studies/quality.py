@@ -8,9 +8,9 @@
     python examples/studies/quality.py table --quick      # three arms of a tiny model, in a temporary folder
 
 Every arm takes its own best learning rate of the powers of sqrt(2), chosen with seeds that evaluate nothing; then fresh
-seeds, which give initial weights, batches and random bits, compare arms in pairs. Runs are lines of results/quality.jsonl
-beside this file, and a restart goes on where the last one ended. On an accelerator `--lanes 24` trains 24 runs at once,
-and eight threads compile. Needs `pip install -e ".[study]"`.
+seeds, which give initial weights, batches and random bits, compare arms in pairs. Runs are lines of
+results/quality.jsonl beside this file, and a restart goes on where the last one ended. On an accelerator
+`--lanes 24 --workers 8` trains 24 runs at once and compiles in eight threads. Needs `pip install -e ".[study]"`.
 """
 
 import argparse
