@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import lzma
 import os
 import pathlib
 import signal
@@ -315,6 +316,13 @@ class TestResumption:
                 pass
         with modules["study"].appending(path):
             pass
+
+    def test_goes_on_from_a_compressed_file(self, modules, tmp_path, small):
+        path = tmp_path / "study.jsonl"
+        first = modules["study"].header(small)
+        path.with_name("study.jsonl.xz").write_bytes(lzma.compress((json.dumps(first) + '\n{"key": 1}\n').encode()))
+        with modules["study"].appending(path):
+            assert modules["study"].finished_lines(path, first) == [{"key": 1}]
 
     def test_refuses_another_study(self, modules, tmp_path, small):
         path = tmp_path / "study.jsonl"

@@ -3,6 +3,7 @@
 import html.parser
 import itertools
 import json
+import lzma
 import math
 import pathlib
 import re
@@ -161,6 +162,14 @@ def page(study, tmp_path, monkeypatch, capsys):
 
 def results(study, lines, tmp_path):
     return study.analysis.read(write(tmp_path / "study.jsonl", lines))
+
+
+def test_a_compressed_file_is_the_same_study(study, tmp_path):
+    path = write(tmp_path / "study.jsonl", make_lines())
+    whole = study.analysis.read(path)
+    path.with_name("study.jsonl.xz").write_bytes(lzma.compress(path.read_bytes()))
+    path.unlink()
+    assert study.analysis.read(path).lines == whole.lines
 
 
 class TestGain:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import lzma
 import pathlib
 import re
 from collections.abc import Iterable
@@ -200,8 +201,14 @@ class Study:
 
 
 def read(path: pathlib.Path) -> Study:
-    """The study of a JSONL file; a last line without its end, which a running study has begun, is left out."""
-    lines = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
+    """The study of a JSONL file, or of its `.xz`.
+
+    A last line without its end, which a running study has begun, is left out.
+    """
+    packed = path.with_name(path.name + ".xz")
+    kept = packed.exists() and not path.exists()
+    text = lzma.decompress(packed.read_bytes()).decode() if kept else path.read_text("utf-8")
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]
     if not lines or lines[0].get("kind") != "study":
         raise ValueError(f"{path} must begin with a line of kind 'study', as study.py writes it.")
     header, *lines = lines

@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import lzma
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -66,6 +67,9 @@ def finished_lines(path: pathlib.Path, first: dict[str, Any]) -> list[dict]:
 def appending(path: pathlib.Path) -> Iterator[TextIO]:
     """Opens a file of results for this process alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    packed = path.with_name(path.name + ".xz")  # As the repository keeps it.
+    if packed.exists() and not path.exists():
+        path.write_bytes(lzma.decompress(packed.read_bytes()))
     with path.open("a") as file:
         if fcntl:
             try:

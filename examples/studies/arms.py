@@ -76,6 +76,35 @@ def muon(schedule, b1, b2, seed):
     return optax.contrib.muon(schedule, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, **options)
 
 
+def by_spacing(format):
+    """AdamW whose directions are multiplied by the spacing of a grid at each weight, relative to its mean over all.
+
+    The grid has a scale per row. In a uniform format the spacing is that of the row: a learning rate per row.
+    """
+
+    def optimizer(schedule, b1, b2, seed):
+        def update(updates, params):
+            def spacing(w):
+                scale = ag.power_of_two_scale(w, format, -1)
+                return jnp.log(scale * ag.spacing(w / scale, format))
+
+            matrices = jax.tree.map(lambda w: spacing(w) if w.ndim > 1 else None, params)
+            numbers = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(matrices)])
+            factor = jax.tree.map(
+                lambda x: 1.0 if x is None else jnp.exp(x - numbers.mean()), matrices, is_leaf=lambda x: x is None
+            )
+            return jax.tree.map(jnp.multiply, updates, factor)
+
+        return optax.chain(
+            optax.scale_by_adam(b1, b2, EPS),
+            optax.stateless(update),
+            optax.add_decayed_weights(WEIGHT_DECAY),
+            optax.scale_by_learning_rate(schedule),
+        )
+
+    return optimizer
+
+
 # Weights on a grid
 
 
@@ -211,7 +240,7 @@ def scale(schedule, b1, b2, seed):
     )
 
 
-FACTORED, PLAIN = "factored", "factored, no momentum"
+FACTORED, PLAIN, ROWS = "factored", "factored, no momentum", "adamw, a rate per row"
 EIGHT_BITS = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
 
 
@@ -230,6 +259,8 @@ ARMS = {
         Arm(PLAIN, functools.partial(rmsprop, factored=True), headline=True),
         Arm("muon", muon),
         Arm("lion", lion, shift=-5),
+        Arm(ROWS, by_spacing("E0M7"), twin="adamw"),
+        *(Arm(f"adamw, stiffness of {f} after", by_spacing(f), twin=ROWS) for f in ("E2M5", "E4M3")),
         *(
             Arm(f"1 byte {f.rpartition('_')[2]}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4")
             for f in EIGHT_BITS

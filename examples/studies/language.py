@@ -32,6 +32,11 @@ class Task:
     seeds: int = 24  # and the most that evaluate it.
 
     @property
+    def weights(self) -> int:
+        """Numbers in matrices, embeddings and head included."""
+        return 12 * self.layers * self.width**2 + (2 * VOCABULARY + self.context) * self.width
+
+    @property
     def heads(self) -> int:
         return max(1, self.width // 64) if self.width > 64 else self.width // 16
 

@@ -27,10 +27,11 @@ import language
 import numpy as np
 from arms import ARMS, FACTORED, LINE
 from harness import gap
+from matplotlib.figure import Figure
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
 MEASURED = ("loss", "bytes", "seconds")
-TUNED = {"b1": (0.8, 0.9, 0.95), "b2": (0.95, 0.98, 0.995), "warm_up": (0.05, 0.15)}
+TUNED = {"b1": (0.8, 0.9), "b2": (0.95, 0.98, 0.995), "warm_up": (0.05, 0.15)}
 DEFAULTS = {"b1": 0.9, "b2": 0.98, "warm_up": 0.05, "end": 0.0, "spike": 1.0}
 TUNING_SIZE, TABLE_SIZE = "60k", "60k"
 # Other settings: a multiple of the arm's best learning rate, and what differs. For headline arms.
@@ -165,45 +166,75 @@ def work(path: pathlib.Path, lanes: int, job: tuple, runner: Runner | None = Non
 
 def report(store: harness.Store) -> str:
     """Per task the arms, their gaps to AdamW and to their twins, and the other settings of headline arms."""
-    losses: dict[tuple, dict[int, float]] = {}
-    first: dict[tuple, dict] = {}
-    for run in store.runs.values():
-        key = run["task"], run["role"], run["arm"]
-        losses.setdefault(key, {})[run["seed"]] = np.inf if run["loss"] is None else run["loss"]
-        first.setdefault(key, run)
-    numbers = tuned(store)
+    numbers, results = tuned(store), evaluated(store)
     parts = [f"AdamW tuned: b1 {numbers['b1']}, b2 {numbers['b2']}, warm-up {numbers['warm_up']:.0%} of the steps."]
-    for task in language.TASKS:
-        arms = [name for name in ARMS if (task, "evaluate", name) in losses]
-        rows = []
-        for name in arms:
-            own, run, twin = losses[task, "evaluate", name], first[task, "evaluate", name], ARMS[name].twin
-            rows.append([name, f"{run['bytes']:.2f}", f"2^{2 * np.log2(run['learning_rate']):.0f}/2"])
-            rows[-1] += [
-                f"{np.mean(list(own.values())):.4f}",
-                written(own, losses.get((task, "evaluate", "adamw"), {})),
+    for place in dict.fromkeys(place for place, role, _ in results if role == "evaluate"):
+        task, own = language.TASKS[place[0]], lambda role, arm, place=place: results.get((place, role, arm), {})
+        rows, others = [], []
+        for arm in (arm for arm in ARMS.values() if own("evaluate", arm.name)):
+            runs = own("evaluate", arm.name)
+            one = next(iter(runs.values()))
+            rate = f"2^{np.log2(one['learning_rate']):.1f}"
+            rows.append([arm.name, f"{one['bytes']:.2f}", rate, mean(runs), written(runs, own("evaluate", "adamw"))])
+            rows[-1] += [written(runs, own("evaluate", arm.twin)) if arm.twin else "", str(len(runs))]
+            variants = [
+                written(own(role, arm.name), own(role, arm.twin)) if arm.twin else mean(own(role, arm.name))
+                for role in VARIANTS
             ]
-            rows[-1] += [written(own, losses.get((task, "evaluate", twin), {})) if twin else "", str(len(own))]
-        if rows:
-            header = ["arm", "bytes", "rate", "loss", "to AdamW", "to its twin", "seeds"]
-            parts.append(f"## {task}\n\n{harness.table(header, rows)}")
-        rows = [[name, *(cell(losses, task, role, name) for role in VARIANTS)] for name in arms]
-        rows = [row for row in rows if any(row[1:])]
-        if rows:
-            parts.append(f"### {task}: other settings, to the twin\n\n{harness.table(['arm', *VARIANTS], rows)}")
+            if any(variants):
+                others.append([arm.name, *variants])
+        header = ["arm", "bytes", "rate", "loss", "to AdamW", "to its twin", "seeds"]
+        about = f"{task.weights:,} weights, {task.steps:,} steps of {task.batch} x {task.context} characters"
+        parts.append(f"## {task.name}\n\n{about} ({', '.join(place[1:])}).\n\n{harness.table(header, rows)}")
+        if others:
+            table = harness.table(["arm", *VARIANTS], others)
+            parts.append(f"### {task.name}, other settings: loss, or gap to the twin\n\n{table}")
     return "\n\n".join(parts) + "\n"
 
 
-def cell(losses: dict, task: str, role: str, name: str) -> str:
-    own, twin = losses.get((task, role, name), {}), ARMS[name].twin
-    if not own:
-        return ""
-    return written(own, losses.get((task, role, twin), {})) if twin else f"{np.mean(list(own.values())):.4f}"
+def evaluated(store: harness.Store) -> dict[tuple, dict[int, dict]]:
+    """Runs by seed, of ((task, device, jax), role, arm): those that have the hyperparameters of the last one."""
+    groups: dict[tuple, dict[tuple, dict[int, dict]]] = {}
+    for run in store.runs.values():
+        key = (run["task"], run["device"], run["jax"]), run["role"], run["arm"]
+        numbers = tuple(run[name] for name in language.HYPERPARAMETERS if name != "seed")
+        runs = groups.setdefault(key, {})
+        runs[numbers] = runs.pop(numbers, {}) | {run["seed"]: run}
+    return {key: list(runs.values())[-1] for key, runs in groups.items()}
 
 
-def written(own: dict[int, float], reference: dict[int, float]) -> str:
-    mean, half, n = gap(own, reference)
-    return f"{mean:+.4f} ± {half:.4f}" if n > 1 else ""
+def losses_of(runs: dict[int, dict]) -> dict[int, float]:
+    return {seed: np.inf if run["loss"] is None else run["loss"] for seed, run in runs.items()}
+
+
+def mean(runs: dict[int, dict]) -> str:
+    return f"{np.mean(list(losses_of(runs).values())):.4f}" if runs else ""
+
+
+def written(own: dict[int, dict], reference: dict[int, dict]) -> str:
+    average, half, n = gap(losses_of(own), losses_of(reference))
+    return f"{average:+.4f} ± {half:.4f}" if n > 1 and own is not reference else ""
+
+
+def draw(store: harness.Store, path: pathlib.Path) -> None:
+    """The picture: gap to the float32 twin against the number of weights, of the arms of `line`."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, results = figure.subplots(), evaluated(store)
+    for name in LINE:
+        points = []
+        for place, role, arm in results:
+            twin = results.get((place, role, ARMS[name].twin))
+            if arm == name and role == "evaluate" and twin and place[0] in language.SIZES:
+                average, half, _ = gap(*(losses_of(runs) for runs in (results[place, role, arm], twin)))
+                points.append((language.SIZES[place[0]].weights, average, half))
+        if points:
+            axes.errorbar(*np.transpose(sorted(points)), marker="o", capsize=3, label=name)
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(xscale="log", xlabel="weights", ylabel="validation loss above the float32 twin, nats")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -239,7 +270,10 @@ def main() -> None:
         else:
             harness.in_processes(work, [(args.out, args.lanes, job) for job in jobs], args.workers)
             store = harness.Store(args.out, MEASURED)
-    print(report(store))
+    page = report(store)
+    args.out.with_suffix(".md").write_text(page)
+    draw(store, args.out.with_suffix(".png"))
+    print(page)
 
 
 if __name__ == "__main__":

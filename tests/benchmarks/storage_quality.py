@@ -23,6 +23,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import lzma
 import multiprocessing
 import os
 import pathlib
@@ -664,8 +665,9 @@ def work(name: str, steps: int, arm: Arm, most_seeds: int, known: dict[str, dict
 
 def load(path: pathlib.Path) -> list[dict]:
     """The runs in a file, without a line that a kill cut off."""
-    runs = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    runs, packed = [], path.with_name(path.name + ".xz")  # As the repository keeps the earlier ones.
+    text = lzma.decompress(packed.read_bytes()).decode() if packed.exists() else ""
+    for line in (text + (path.read_text() if path.exists() else "")).splitlines():
         try:
             runs.append(json.loads(line))
         except json.JSONDecodeError:
