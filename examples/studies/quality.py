@@ -23,11 +23,13 @@ import time
 import harness
 import jax
 import jax.numpy as jnp
-import language
 import numpy as np
+import training
 from arms import ARMS, FACTORED, LINE
 from harness import gap
+from language import SIZES
 from matplotlib.figure import Figure
+from tasks import TASKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
 MEASURED = ("loss", "bytes", "seconds")
@@ -56,7 +58,7 @@ class Runner:
         about = {"task": task.name, "steps": task.steps, "arm": arm.name, "role": role}
         return about | numbers | {"jax": jax.__version__, "device": self.device}
 
-    def losses(self, task: language.Task, arm, wanted: list[dict]) -> list[float]:
+    def losses(self, task: training.Task, arm, wanted: list[dict]) -> list[float]:
         """Of runs with these names, in their order; inf for one that diverged."""
         missing = [run for run in wanted if self.store.find(run) is None]
         for i in range(0, len(missing), self.lanes):
@@ -74,17 +76,16 @@ class Runner:
 
 
 def numbers_of(runs: list[dict]) -> list[jax.Array]:
-    dtypes = [jnp.uint32 if name == "seed" else jnp.float32 for name in language.HYPERPARAMETERS]
-    columns = ([run[name] for run in runs] for name in language.HYPERPARAMETERS)
+    dtypes = [jnp.uint32 if name == "seed" else jnp.float32 for name in training.HYPERPARAMETERS]
+    columns = ([run[name] for run in runs] for name in training.HYPERPARAMETERS)
     return [jnp.asarray(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)]
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(task: language.Task, arm, lanes: int):
-    train, validate = language.text()
-    example = [dict.fromkeys(language.HYPERPARAMETERS, 0)] * lanes
-    program = language.trainer(task, arm).lower(train, validate, *numbers_of(example)).compile()
-    return functools.partial(program, train, validate), language.bytes_per_weight(task, arm)
+def compiled(task: training.Task, arm, lanes: int):
+    example, data = [dict.fromkeys(training.HYPERPARAMETERS, 0)] * lanes, task.data()
+    program = training.trainer(task, arm).lower(data, *numbers_of(example)).compile()
+    return functools.partial(program, data), training.bytes_per_weight(task, arm)
 
 
 def rate(exponent: int) -> float:
@@ -104,7 +105,7 @@ def tuned(store: harness.Store) -> dict:
     return DEFAULTS | {"b1": b1, "b2": b2, "warm_up": warm_up}
 
 
-def tune(runner: Runner, task: language.Task) -> None:
+def tune(runner: Runner, task: training.Task) -> None:
     wanted = [
         runner.names(
             task, ARMS["adamw"], "tune", **DEFAULTS | {"b1": b1, "b2": b2, "warm_up": w}, learning_rate=rate(k), seed=s
@@ -118,7 +119,7 @@ def tune(runner: Runner, task: language.Task) -> None:
     runner.losses(task, ARMS["adamw"], wanted)
 
 
-def study(runner: Runner, task: language.Task, arm, seeds: int, variants: bool) -> None:
+def study(runner: Runner, task: training.Task, arm, seeds: int, variants: bool) -> None:
     """The learning rate of an arm, then its seeds, then its other settings."""
     numbers = tuned(runner.store)
     name = functools.partial(runner.names, task, arm)
@@ -146,7 +147,7 @@ def jobs_of(command: str, sizes: list[str], most_seeds: int | None) -> list[tupl
     if command == "tune":
         return [(TUNING_SIZE, "adamw", 0, False)]
     seeds = lambda task, arm: min(most_seeds or task.seeds, task.seeds if arm.headline else 8)  # noqa: E731
-    tasks = [language.TASKS[name] for name in sizes]
+    tasks = [TASKS[name] for name in sizes]
     if command == "line":
         return [(task.name, name, min(most_seeds or 8, task.seeds), False) for task in tasks for name in LINE]
     jobs = [(task.name, arm.name, seeds(task, arm), arm.headline) for task in tasks for arm in ARMS.values()]
@@ -157,7 +158,7 @@ def jobs_of(command: str, sizes: list[str], most_seeds: int | None) -> list[tupl
 def work(path: pathlib.Path, lanes: int, job: tuple, runner: Runner | None = None) -> None:
     runner = runner or Runner(harness.Store(path, MEASURED), lanes)
     name, arm, seeds, variants = job
-    task = language.TASKS[name]
+    task = TASKS[name]
     if not seeds:
         tune(runner, task)
     else:
@@ -169,7 +170,7 @@ def report(store: harness.Store) -> str:
     numbers, results = tuned(store), evaluated(store)
     parts = [f"AdamW tuned: b1 {numbers['b1']}, b2 {numbers['b2']}, warm-up {numbers['warm_up']:.0%} of the steps."]
     for place in dict.fromkeys(place for place, role, _ in results if role == "evaluate"):
-        task, own = language.TASKS[place[0]], lambda role, arm, place=place: results.get((place, role, arm), {})
+        task, own = TASKS[place[0]], lambda role, arm, place=place: results.get((place, role, arm), {})
         rows, others = [], []
         for arm in (arm for arm in ARMS.values() if own("evaluate", arm.name)):
             runs = own("evaluate", arm.name)
@@ -184,7 +185,7 @@ def report(store: harness.Store) -> str:
             if any(variants):
                 others.append([arm.name, *variants])
         header = ["arm", "bytes", "rate", "loss", "to AdamW", "to its twin", "seeds"]
-        about = f"{task.weights:,} weights, {task.steps:,} steps of {task.batch} x {task.context} characters"
+        about = f"{task.matrices():,} weights, {task.steps:,} steps"
         parts.append(f"## {task.name}\n\n{about} ({', '.join(place[1:])}).\n\n{harness.table(header, rows)}")
         if others:
             table = harness.table(["arm", *VARIANTS], others)
@@ -197,7 +198,7 @@ def evaluated(store: harness.Store) -> dict[tuple, dict[int, dict]]:
     groups: dict[tuple, dict[tuple, dict[int, dict]]] = {}
     for run in store.runs.values():
         key = (run["task"], run["device"], run["jax"]), run["role"], run["arm"]
-        numbers = tuple(run[name] for name in language.HYPERPARAMETERS if name != "seed")
+        numbers = tuple(run[name] for name in training.HYPERPARAMETERS if name != "seed")
         runs = groups.setdefault(key, {})
         runs[numbers] = runs.pop(numbers, {}) | {run["seed"]: run}
     return {key: list(runs.values())[-1] for key, runs in groups.items()}
@@ -224,9 +225,9 @@ def draw(store: harness.Store, path: pathlib.Path) -> None:
         points = []
         for place, role, arm in results:
             twin = results.get((place, role, ARMS[name].twin))
-            if arm == name and role == "evaluate" and twin and place[0] in language.SIZES:
+            if arm == name and role == "evaluate" and twin and place[0] in SIZES:
                 average, half, _ = gap(*(losses_of(runs) for runs in (results[place, role, arm], twin)))
-                points.append((language.SIZES[place[0]].weights, average, half))
+                points.append((SIZES[place[0]].matrices(), average, half))
         if points:
             axes.errorbar(*np.transpose(sorted(points)), marker="o", capsize=3, label=name)
     if not axes.get_legend_handles_labels()[0]:
@@ -240,7 +241,7 @@ def draw(store: harness.Store, path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=("tune", "table", "line", "report", "pack"))
-    parser.add_argument("--sizes", nargs="+", choices=language.TASKS)
+    parser.add_argument("--sizes", nargs="+", choices=TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all of the command")
     parser.add_argument("--seeds", type=int, help="the most seeds of an arm; default: 8 to 24")
     parser.add_argument("--lanes", type=int, default=1, help="runs at once, by jax.vmap; default: %(default)s")
@@ -263,7 +264,6 @@ def main() -> None:
         jobs = [job for job in jobs_of(args.command, sizes, args.seeds) if job[1] in args.arms]
         if args.lanes > 1 or args.workers == 1:
             runner = Runner(store, args.lanes)
-            language.text()
             harness.in_threads(
                 [functools.partial(work, args.out, args.lanes, job, runner) for job in jobs], args.workers
             )
