@@ -7,6 +7,7 @@ from altgrad_jax.gradients import value_and_grad
 from altgrad_jax.grid import nextafter, position, spacing, value
 from altgrad_jax.grid_array import GridArray, from_grid, shardings, signed_steps, to_grid
 from altgrad_jax.grid_steps import GridStepsState, scale_by_grid_steps
+from altgrad_jax.layerwise import layerwise_update
 from altgrad_jax.on_grid import OnGridState, on_grid
 from altgrad_jax.optimizers import grid_adamw, grid_sgd, manifold_adamw
 from altgrad_jax.rounding import fake_quantize, round_nearest, round_stochastic
@@ -27,6 +28,7 @@ __all__ = [
     "from_grid",
     "grid_adamw",
     "grid_sgd",
+    "layerwise_update",
     "manifold_adamw",
     "nextafter",
     "on_grid",

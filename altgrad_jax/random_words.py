@@ -3,9 +3,11 @@
 A counter-based generator fuses into the kernel that uses it, but `jax.random.bits` costs ten times the rounding.
 """
 
+import contextlib
 import functools
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,27 @@ def leaf_keys(seed: jax.typing.ArrayLike, step: jax.Array, paths: Sequence[tuple
     """Two words for each key path, at a step. uint32, `[len(paths), 2]`."""
     # Not Python's hash, which differs from process to process.
     hashes = np.array([zlib.crc32(jax.tree_util.keystr(path).encode()) for path in paths], np.uint32)
-    return _leaf_keys(jnp.asarray(seed, jnp.uint32), step.astype(jnp.uint32), hashes)
+    keys = _leaf_keys(jnp.asarray(seed, jnp.uint32), step.astype(jnp.uint32), hashes)
+    return keys if _stack.part is None else mix(keys ^ mix(_stack.part.astype(jnp.uint32) + 1))
+
+
+class _Stack(threading.local):
+    """Which part of a stack is being computed, int32 []; None outside of stacks."""
+
+    part = None
+
+
+_stack = _Stack()
+
+
+@contextlib.contextmanager
+def part_of_a_stack(i: jax.Array) -> Iterator[None]:
+    """Keys within have words of their own for each i: parts of a stack have equal paths."""
+    before, _stack.part = _stack.part, i
+    try:
+        yield
+    finally:
+        _stack.part = before
 
 
 @functools.partial(jax.jit, inline=True)

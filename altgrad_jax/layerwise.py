@@ -1,0 +1,201 @@
+"""Training steps that update each layer inside of the backward pass, so that gradients of one layer exist at a time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from altgrad_jax.gradients import deeper, slots_of, with_slots, without_slots
+from altgrad_jax.random_words import part_of_a_stack
+
+
+def layerwise_update(
+    tx: optax.GradientTransformation,
+    layer: Callable[[Any, Array], Array],
+    *,
+    embed: Callable[[Any, Any], Array],
+    head: Callable[[Any, Array, Any], Array],
+    microbatches: int = 1,
+    dtype: DTypeLike | None = jnp.bfloat16,
+) -> tuple[Callable, Callable]:
+    """A training step of a stack of equal layers that holds the gradients of one layer at a time.
+
+    It keeps the input of each layer, goes back layer by layer, computes a layer again, and updates it in place by `tx`
+    before the next one (gradient release: Lv et al. 2023, arXiv 2306.09782). Parameters are `(outer, layers)`:
+    `layers` is a tree whose leaves have a leading axis of layers, as `lax.scan` takes them; `outer` is a dictionary
+    with the trees "embed" and "head". The head is updated before the layers, the embedding last. Weights that the head
+    shares belong to "embed".
+
+    `tx` sees `{"layers": one layer}`, `{"embed": ...}` and `{"head": ...}`, each with a state of its own: a mask gets
+    these, a norm is that of one layer. Random bits are those of its path and its layer.
+
+    Args:
+        tx: Any transformation that needs no loss: `grid_adamw`, `on_grid`, `optax.adamw`.
+        layer: `(parameters of a layer, x) -> x`, of the same shape and dtype. Like `embed` and `head` it gets
+            GridArrays, and decodes them where it uses them, as under `value_and_grad`.
+        embed: `(outer["embed"], batch) -> x`.
+        head: `(outer, x, batch) -> loss`, a scalar: the mean over the batch.
+        microbatches: In how many equal parts the batch, along the first axis of all its leaves, goes through each layer
+            one after the other before the layer is updated. Their gradients are summed in float32.
+        dtype: Dtype of the gradients of GridArrays; None for the dtype of each.
+
+    Returns:
+        `init(params) -> state` and `update(params, state, batch) -> (params, state, loss)`. Compile the update, and
+        donate parameters and state: `jax.jit(update, donate_argnums=(0, 1))`. Raises a ValueError if the parameters are
+        not of this form, or a layer changes the shape of its input.
+
+    Example:
+        >>> import altgrad_jax as ag, jax, jax.numpy as jnp
+        >>> outer = {"embed": {"kernel": jnp.ones((4, 8))}, "head": {"kernel": jnp.ones((8, 1))}}
+        >>> params = ag.to_grid((outer, {"kernel": 0.1 * jnp.ones((3, 8, 8))}))
+        >>> init, update = ag.layerwise_update(
+        ...     ag.grid_adamw(1e-2), lambda p, x: x + jnp.tanh(x @ p["kernel"]),
+        ...     embed=lambda p, batch: batch @ p["kernel"],
+        ...     head=lambda outer, x, batch: jnp.mean((x @ outer["head"]["kernel"]) ** 2))
+        >>> params, state, loss = jax.jit(update)(params, init(params), jnp.ones((2, 4)))
+        >>> params[1]["kernel"]
+        GridArray(float8_e3m4, shape=(3, 8, 8), int8 + int8[3,8,1])
+    """
+    if not (isinstance(microbatches, int) and microbatches > 0):
+        raise ValueError(f"microbatches must be a positive int, got {microbatches!r}.")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a floating dtype, because it is that of gradients, got {dtype}.")
+
+    def init(params):
+        outer, layers, number = _checked(params)
+        states = {name: tx.init({name: outer[name]}) for name in ("embed", "head")}
+
+        def of_layer(i, p):
+            with part_of_a_stack(i):
+                return tx.init({"layers": p})
+
+        return states, jax.vmap(of_layer)(jnp.arange(number), layers)
+
+    def update(params, state, batch):
+        outer, layers, number = _checked(params)
+        states, layer_states = state
+        batch = jax.tree.map(_split, batch)
+        x = lax.map(functools.partial(embed, outer["embed"]), batch)
+        _check_layer(layer, layers, x)
+
+        def forward(x, p):
+            return lax.map(functools.partial(layer, p), x), x
+
+        x, inputs = lax.scan(forward, x, layers)
+        (loss, gradient), x = summed(
+            lambda slots, x, b: _value_and_vjp(head, (outer, slots), x, b), slots_of(outer, dtype), (x, batch)
+        )
+        new_head, head_state = updated("head", outer["head"], states["head"], gradient["head"])
+
+        def backward(j, carry):
+            layers, layer_states, x = carry
+            i = number - 1 - j
+            p, s, before = (_at(tree, i) for tree in (layers, layer_states, inputs))
+            gradient, x = summed(
+                lambda slots, before, g: _vjp(layer, (p, slots), before, g), slots_of(p, dtype), (before, x)
+            )
+            with part_of_a_stack(i):
+                p, s = updated("layers", p, s, gradient)
+            return _put(layers, i, p), _put(layer_states, i, s), x
+
+        layers, layer_states, x = lax.fori_loop(0, number, backward, (layers, layer_states, x))
+        from_layers, _ = summed(
+            lambda slots, b, g: (_embed_vjp(embed, (outer["embed"], slots), b, g), ()),
+            slots_of(outer["embed"], dtype),
+            (batch, x),
+        )
+        gradient = jax.tree.map(jnp.add, gradient["embed"], from_layers)
+        new_embed, embed_state = updated("embed", outer["embed"], states["embed"], gradient)
+        outer = outer | {"embed": new_embed, "head": new_head}
+        return (outer, layers), ({"embed": embed_state, "head": head_state}, layer_states), loss
+
+    def updated(name, params, state, gradient):
+        updates, state = tx.update({name: gradient}, state, {name: params})
+        after: Any = optax.apply_updates({name: params}, updates)
+        return after[name], state
+
+    def summed(function, slots, parts):
+        """The sum of the first results of the microbatches, and all second results."""
+        if microbatches == 1:
+            first, second = function(slots, *jax.tree.map(lambda x: x[0], parts))
+            return first, jax.tree.map(lambda x: x[None], second)
+
+        def add(total, part):
+            first, second = function(slots, *part)
+            return jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, first), second
+
+        one = jax.eval_shape(function, slots, *jax.tree.map(lambda x: x[0], parts))[0]
+        wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        return lax.scan(add, jax.tree.map(wide, one), parts)
+
+    def _split(x):
+        if x.shape[0] % microbatches:
+            raise ValueError(f"microbatches must divide the batch, got {microbatches} for an array {x.shape}.")
+        return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+
+    def _value_and_vjp(head, outer, x, batch):
+        """Loss and gradients, of which each microbatch has its share, and the gradient of x."""
+        params, slots = outer
+        with deeper() as depth:
+
+            def loss(slots, x):
+                return without_slots(head(with_slots(params, slots, depth), x, batch), depth) / microbatches
+
+            value, (gradient, g) = jax.value_and_grad(loss, (0, 1))(slots, x)
+        return (value, gradient), g
+
+    return init, update
+
+
+def _vjp(layer: Callable, params: tuple, x: Array, g: Array) -> tuple[Any, Array]:
+    """Gradients of a layer and of its input."""
+    stored, slots = params
+    with deeper() as depth:
+        _, pull = jax.vjp(lambda slots, x: without_slots(layer(with_slots(stored, slots, depth), x), depth), slots, x)
+        return pull(g)
+
+
+def _embed_vjp(embed: Callable, params: tuple, batch: Any, g: Array) -> Any:
+    stored, slots = params
+    with deeper() as depth:
+        _, pull = jax.vjp(lambda slots: without_slots(embed(with_slots(stored, slots, depth), batch), depth), slots)
+        return pull(g)[0]
+
+
+def _at(tree: Any, i: Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree: Any, i: Array, part: Any) -> Any:
+    return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0), tree, part)
+
+
+def _checked(params: Any) -> tuple[dict, Any, int]:
+    """Outer parameters, layers, and their number."""
+    if not (isinstance(params, tuple) and len(params) == 2):
+        raise ValueError(f"params must be (outer, layers), got {type(params).__name__}.")
+    outer, layers = params
+    if not (isinstance(outer, dict) and set(outer) == {"embed", "head"}):
+        got = sorted(outer) if isinstance(outer, dict) else type(outer).__name__
+        raise ValueError(f'outer must be a dictionary of "embed" and "head", got {got}.')
+    lengths = {jnp.shape(leaf)[:1]: path for path, leaf in jax.tree_util.tree_leaves_with_path(layers)}
+    if len(lengths) != 1 or () in lengths:
+        found = {jax.tree_util.keystr(path): length for length, path in lengths.items()}
+        raise ValueError(
+            f"all leaves of layers must have the same leading axis, the layers, got lengths {found}: stack equal "
+            "layers, and store them by jax.vmap(to_grid) if rows of fewer than 8 numbers share a scale."
+        )
+    return outer, layers, next(iter(lengths))[0]
+
+
+def _check_layer(layer: Callable, layers: Any, x: Array) -> None:
+    one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
+    out = jax.eval_shape(lambda layers, x: layer(one(layers), x[0]), layers, x)
+    wanted = (x.shape[1:], x.dtype)
+    if not hasattr(out, "shape") or (out.shape, out.dtype) != wanted:
+        raise ValueError(f"layer must give what it takes, {x.dtype}{x.shape[1:]}, got {out}.")

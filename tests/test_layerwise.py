@@ -1,0 +1,192 @@
+"""layerwise_update: the step of a stack of layers whose gradients exist one layer at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from quick import some
+
+import altgrad_jax as ag
+from altgrad_jax.random_words import part_of_a_stack
+
+LAYERS, WIDTH, VOCABULARY = 4, 64, 32
+TOKENS = jax.random.randint(jax.random.key(9), (4, 9), 0, VOCABULARY)
+CHAINS = {
+    "factored": lambda: ag.grid_adamw(1e-2),
+    "8bit": lambda: ag.grid_adamw(1e-2, second_moment="8bit"),
+    "float32": lambda: ag.grid_adamw(1e-2, second_moment="float32"),
+    "lion": lambda: ag.compress_state(ag.on_grid(optax.lion(1e-3)), min_size=1),
+    "optax.adamw": lambda: optax.adamw(1e-2),
+}
+
+
+def floats():
+    keys = jax.random.split(jax.random.key(0), 4)
+    normal = lambda key, *shape: jax.random.normal(key, shape) / 8  # noqa: E731
+    outer = {
+        "embed": {"table": normal(keys[0], VOCABULARY, WIDTH)},
+        "head": {"kernel": normal(keys[1], WIDTH, VOCABULARY), "bias": jnp.zeros(VOCABULARY)},
+    }
+    layers = {
+        "up": {"kernel": normal(keys[2], LAYERS, WIDTH, 2 * WIDTH)},
+        "down": {"kernel": normal(keys[3], LAYERS, 2 * WIDTH, WIDTH), "bias": jnp.zeros((LAYERS, WIDTH))},
+    }
+    return outer, layers
+
+
+def layer(p, x):
+    return x + jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"] + p["down"]["bias"]
+
+
+def embed(p, tokens):
+    return jnp.asarray(p["table"])[tokens[:, :-1]]
+
+
+def head(outer, x, tokens):
+    logits = x @ outer["head"]["kernel"] + outer["head"]["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def tied_head(outer, x, tokens):
+    logits = x @ jnp.asarray(outer["embed"]["table"]).T + outer["head"]["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def loss(params, tokens, head=head):
+    outer, layers = params
+    x, _ = jax.lax.scan(lambda x, p: (layer(p, x), None), embed(outer["embed"], tokens), layers)
+    return head(outer, x, tokens)
+
+
+def stored(name):
+    return floats() if name.startswith("optax") else ag.to_grid(floats())
+
+
+def run(tx, params, steps=3, head=head, wrap=jax.jit, **how):
+    """Parameters, state and losses after some steps."""
+    init, update = ag.layerwise_update(tx, layer, embed=embed, head=head, dtype=jnp.float32, **how)
+    state, update, losses = init(params), wrap(update), []
+    for _ in range(steps):
+        params, state, value = update(params, state, TOKENS)
+        losses.append(float(value))
+    return params, state, losses
+
+
+def outside(tx, params, steps=3, head=head):
+    """The same by gradients of the whole loss, with `tx` applied to one part after the other."""
+    outer, layers = params
+    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+
+    @jax.jit
+    def one(part, state, gradient, i=None):
+        with part_of_a_stack(i):
+            updates, state = tx.update(gradient, state, part)
+            return optax.apply_updates(part, updates), state
+
+    def start(i):
+        with part_of_a_stack(i):
+            return tx.init({"layers": at(layers, i)})
+
+    states = [tx.init({name: outer[name]}) for name in ("embed", "head")] + [start(jnp.int32(i)) for i in range(LAYERS)]
+    losses, gradients = [], jax.jit(ag.value_and_grad(functools.partial(loss, head=head), dtype=jnp.float32))
+    for _ in range(steps):
+        value, (g_outer, g_layers) = gradients((outer, layers), TOKENS)
+        losses.append(float(value))
+        for k, name in enumerate(("embed", "head")):
+            part, states[k] = one({name: outer[name]}, states[k], {name: g_outer[name]})
+            outer = outer | part
+        for i in range(LAYERS):
+            given = {"layers": at(layers, i)}, states[2 + i], {"layers": at(g_layers, i)}
+            part, states[2 + i] = one(*given, jnp.int32(i))
+            layers = jax.tree.map(lambda x, new, i=i: x.at[i].set(new), layers, part["layers"])
+    return (outer, layers), losses
+
+
+class TestUpdate:
+    @pytest.mark.parametrize("name", some(CHAINS, ("factored", "optax.adamw").__contains__))
+    def test_is_that_of_tx_layer_by_layer(self, name):
+        """Another program may contract float32 otherwise: at most one integer in 10,000 differs."""
+        ours, _, losses = run(CHAINS[name](), stored(name))
+        expected, others = outside(CHAINS[name](), stored(name))
+        np.testing.assert_allclose(losses, others, rtol=1e-4)
+        assert losses[0] == pytest.approx(float(loss(stored(name), TOKENS)), rel=1e-6)
+        different = total = 0
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            if a.dtype == jnp.float32:
+                np.testing.assert_allclose(a, b, atol=1e-4)
+            else:
+                different, total = different + int(jnp.sum(a != b)), total + a.size
+        assert different <= 1e-4 * total
+
+    def test_of_a_tied_head(self):
+        ours, _, _ = run(optax.adamw(1e-2), floats(), head=tied_head)
+        expected, _ = outside(optax.adamw(1e-2), floats(), head=tied_head)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, expected)
+
+    @pytest.mark.parametrize("microbatches", [2, 4])
+    def test_of_microbatches_is_that_of_the_batch(self, microbatches):
+        whole, _, losses = run(optax.sgd(0.1), floats())
+        parts, _, others = run(optax.sgd(0.1), floats(), microbatches=microbatches)
+        np.testing.assert_allclose(losses, others, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
+
+    def test_equal_layers_draw_other_bits(self):
+        """Layers without an effect have the same gradient, zero, and decay by less than a step."""
+        tx = ag.on_grid(optax.chain(optax.add_decayed_weights(0.01), optax.scale(-1.0)))
+        outer, layers = stored("factored")
+        same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), layers)
+        init, update = ag.layerwise_update(tx, lambda p, x: x, embed=embed, head=head)
+        (_, after), _, _ = jax.jit(update)((outer, same), init((outer, same)), TOKENS)
+        kernels = np.asarray(after["up"]["kernel"].index, int)
+        moved = kernels != np.asarray(same["up"]["kernel"].index)
+        assert 0.02 < moved.mean() < 0.98
+        pairs = [np.corrcoef(moved[i].ravel(), moved[j].ravel())[0, 1] for i in range(LAYERS) for j in range(i)]
+        assert np.abs(pairs).max() < 0.05
+
+    def test_trains(self):
+        losses = run(ag.grid_adamw(1e-2), stored("factored"), steps=40)[2]
+        twin = run(optax.adamw(1e-2), floats(), steps=40)[2]
+        assert losses[-1] < 0.2 * losses[0]
+        assert abs(losses[-1] - twin[-1]) < 0.1 * losses[0]
+
+
+class TestErrors:
+    """Say what was expected and what came."""
+
+    def start(self, params, **how):
+        how = {"embed": embed, "head": head} | how
+        init, update = ag.layerwise_update(ag.grid_adamw(1e-2), how.pop("layer", layer), **how)
+        return update(params, init(params), TOKENS)
+
+    def test_params_of_another_form(self):
+        outer, layers = stored("factored")
+        with pytest.raises(ValueError, match=r"params must be \(outer, layers\), got dict"):
+            self.start({"outer": outer, "layers": layers})
+        with pytest.raises(ValueError, match=r"outer must be a dictionary of \"embed\" and \"head\", got \['embed'\]"):
+            self.start(({"embed": outer["embed"]}, layers))
+
+    def test_layers_of_different_lengths(self):
+        outer, layers = floats()
+        layers["down"]["bias"] = layers["down"]["bias"][:2]
+        with pytest.raises(ValueError, match="must have the same leading axis"):
+            self.start(ag.to_grid((outer, layers)))
+
+    def test_layers_that_change_their_input(self):
+        with pytest.raises(ValueError, match=r"layer must give what it takes, float32\(4, 8, 64\), got"):
+            self.start(stored("factored"), layer=lambda p, x: x[..., :3])
+
+    def test_a_batch_that_microbatches_do_not_divide(self):
+        with pytest.raises(ValueError, match=r"microbatches must divide the batch, got 3 for an array \(4, 9\)"):
+            self.start(stored("factored"), microbatches=3)
+
+    @pytest.mark.parametrize("microbatches", [0, 1.5])
+    def test_microbatches(self, microbatches):
+        with pytest.raises(ValueError, match="microbatches must be a positive int"):
+            self.start(stored("factored"), microbatches=microbatches)
+
+    def test_dtype(self):
+        with pytest.raises(TypeError, match="dtype must be a floating dtype"):
+            self.start(stored("factored"), dtype=jnp.int8)
