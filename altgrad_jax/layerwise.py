@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from altgrad_jax.gradients import deeper, slots_of, with_slots, without_slots
@@ -99,8 +100,11 @@ def layerwise_update(
             gradient, x = summed(
                 lambda slots, before, g: _vjp(layer, (p, slots), before, g), slots_of(p, dtype), (before, x)
             )
+            gradient = jax.tree.map(_row_major, gradient)
             with part_of_a_stack(i):
                 p, s = updated("layers", p, s, gradient)
+            # Everything reads the stacks before they are written: otherwise XLA copies whole stacks.
+            p, s, x = lax.optimization_barrier((p, s, x))
             return _put(layers, i, p), _put(layer_states, i, s), x
 
         layers, layer_states, x = lax.fori_loop(0, number, backward, (layers, layer_states, x))
@@ -165,6 +169,11 @@ def _embed_vjp(embed: Callable, params: tuple, batch: Any, g: Array) -> Any:
     with deeper() as depth:
         _, pull = jax.vjp(lambda slots: without_slots(embed(with_slots(stored, slots, depth), batch), depth), slots)
         return pull(g)[0]
+
+
+def _row_major(gradient: Array) -> Array:
+    """In the layout of the stack: XLA would transpose weights and moments to the one in which a product is written."""
+    return with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
 
 
 def _at(tree: Any, i: Array) -> Any:

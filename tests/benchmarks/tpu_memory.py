@@ -1,0 +1,220 @@
+"""Bytes per weight at the peak of a training step of Llama-2-7B's shapes on TPUs, as XLA compiles it for them.
+
+Needs no TPU: `pip install -e ".[tpu]"`, then
+
+    python tests/benchmarks/tpu_memory.py                          # all ways; hours on two cores
+    python tests/benchmarks/tpu_memory.py --ways "layerwise, factored" --layers 32
+
+Layers of 4096 x 11008 with 32 heads, vocabulary 32,000, one sequence of 2048 tokens, activations in bfloat16; attention
+in groups of heads and the loss in parts of the sequence, so that activations do not decide. The peak is what XLA's
+memory analysis counts: arguments, results that do not take their places, and temporaries, activations included.
+Parameters and state are donated. The cycles are those that XLA's cost model estimates for each kernel, loops counted.
+"""
+
+import argparse
+import functools
+import json
+import os
+import re
+import time
+
+# Set before jax is imported: libtpu must not look for a machine that is not there.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import topologies
+
+import altgrad_jax as ag
+
+WIDTH, HIDDEN, HEADS, VOCABULARY, CONTEXT = 4096, 11008, 32, 32_000, 2048
+HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 256
+BFLOAT16 = jnp.bfloat16
+
+
+def shapes(layers: int, dtype=jnp.float32):
+    """Parameters as shapes."""
+    matrices = dict.fromkeys(("query", "key", "value", "mix"), (WIDTH, WIDTH))
+    matrices |= {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+    norms = {"attention_norm": {"scale": (WIDTH,)}, "mlp_norm": {"scale": (WIDTH,)}}
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    described = lambda tree, *stack: jax.tree.map(  # noqa: E731
+        lambda shape: jax.ShapeDtypeStruct((*stack, *shape), dtype), tree, is_leaf=is_shape
+    )
+    head = {"norm": {"scale": (WIDTH,)}, "kernel": (WIDTH, VOCABULARY)}
+    outer = {"embed": {"embedding": (VOCABULARY, WIDTH)}, "head": head}
+    return described(outer), described(matrices | norms, layers)
+
+
+def matrix(kernel):
+    return kernel.value(BFLOAT16) if isinstance(kernel, ag.GridArray) else kernel.astype(BFLOAT16)
+
+
+def normalised(x, scale):
+    y = jnp.float32(x)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6) * scale).astype(BFLOAT16)
+
+
+def rotated(x):
+    """Rotary positions, of `[batch, length, heads, size]`."""
+    half = x.shape[-1] // 2
+    angle = jnp.arange(x.shape[1])[:, None] * 1e4 ** (-jnp.arange(half) / half)
+    sin, cos = (f(angle)[:, None].astype(x.dtype) for f in (jnp.sin, jnp.cos))
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attention(query, key, value):
+    """Causal, a few heads at once."""
+
+    @jax.checkpoint
+    def of_heads(parts):
+        return jax.nn.dot_product_attention(*parts, is_causal=True)
+
+    grouped = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1, HEADS_AT_ONCE, x.shape[-1]), 2, 0)  # noqa: E731
+    groups = jax.lax.map(of_heads, tuple(map(grouped, (query, key, value))))
+    return jnp.moveaxis(groups, 0, 2).reshape(*query.shape[:2], -1)
+
+
+def layer(p, x):
+    y = normalised(x, p["attention_norm"]["scale"])
+    query, key, value = ((y @ matrix(p[name])).reshape(*y.shape[:2], HEADS, -1) for name in ("query", "key", "value"))
+    x = x + attention(rotated(query), rotated(key), value) @ matrix(p["mix"])
+    y = normalised(x, p["mlp_norm"]["scale"])
+    return x + (jax.nn.silu(y @ matrix(p["gate"])) * (y @ matrix(p["up"]))) @ matrix(p["down"])
+
+
+def embed(p, tokens):
+    return jnp.asarray(p["embedding"][tokens[:, :-1]]).astype(BFLOAT16)
+
+
+def head(outer, x, tokens):
+    x, kernel = normalised(x, outer["head"]["norm"]["scale"]), matrix(outer["head"]["kernel"])
+
+    @jax.checkpoint
+    def part(parts):
+        x, labels = parts
+        return optax.softmax_cross_entropy_with_integer_labels((x @ kernel).astype(jnp.float32), labels).mean()
+
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, TOKENS_AT_ONCE, *x.shape[2:]), 1, 0)  # noqa: E731
+    return jax.lax.map(part, (split(x), split(tokens[:, 1:]))).mean()
+
+
+def loss(params, tokens):
+    outer, layers = params
+    x, _ = jax.lax.scan(jax.checkpoint(lambda x, p: (layer(p, x), None)), embed(outer["embed"], tokens), layers)
+    return head(outer, x, tokens)
+
+
+def whole(tx, value_and_grad):
+    """Initial state and a step that has all gradients at once."""
+
+    def update(params, state, tokens):
+        value, grads = value_and_grad(params, tokens)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return tx.init, update
+
+
+def layerwise(tx):
+    return ag.layerwise_update(tx, layer, embed=embed, head=head)
+
+
+of_stored = ag.value_and_grad(loss, dtype=BFLOAT16)
+of_decoded = lambda params, tokens: jax.value_and_grad(loss)(ag.from_grid(params, BFLOAT16), tokens)  # noqa: E731
+# Format and fraction bits of the weights, or their dtype; init and update.
+WAYS = {
+    "optax.adamw, float32": (jnp.float32, lambda: whole(optax.adamw(1e-3), jax.value_and_grad(loss))),
+    "optax.adamw, bfloat16": (BFLOAT16, lambda: whole(optax.adamw(1e-3), jax.value_and_grad(loss))),
+    "from_grid, 8bit": (("float8_e3m4", 0), lambda: whole(ag.grid_adamw(1e-3, second_moment="8bit"), of_decoded)),
+    "value_and_grad, 8bit": (("float8_e3m4", 0), lambda: whole(ag.grid_adamw(1e-3, second_moment="8bit"), of_stored)),
+    "value_and_grad, factored": (("float8_e3m4", 0), lambda: whole(ag.grid_adamw(1e-3), of_stored)),
+    "layerwise, 8bit": (("float8_e3m4", 0), lambda: layerwise(ag.grid_adamw(1e-3, second_moment="8bit"))),
+    "layerwise, factored": (("float8_e3m4", 0), lambda: layerwise(ag.grid_adamw(1e-3))),
+    "layerwise, bfloat16, b1 = 0": (("bfloat16", 0), lambda: layerwise(ag.grid_adamw(1e-3, b1=0))),
+    "layerwise, optax.adamw": (jnp.float32, lambda: layerwise(optax.adamw(1e-3))),
+}
+
+
+def compiled(way: str, layers: int, device) -> dict:
+    kind, make = WAYS[way]
+    params = shapes(layers) if isinstance(kind, tuple) else shapes(layers, kind)
+    weights = sum(x.size for x in jax.tree.leaves(params))
+    if isinstance(kind, tuple):
+        params = ag.to_grid(params, kind[0], fraction_bits=kind[1])
+    init, update = make()
+    state = jax.eval_shape(init, params)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    tokens = jax.ShapeDtypeStruct((1, CONTEXT + 1), jnp.int32)
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (params, state, tokens)
+    )
+    begun = time.perf_counter()
+    program = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
+    memory = program.memory_analysis()
+    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "way": way,
+        "device": device.device_kind,
+        "layers": layers,
+        "weights": weights,
+        "gradients": "float32" if kind == jnp.float32 else "bfloat16",
+        "resident": round(resident / weights, 3),
+        "peak": round((resident + memory.temp_size_in_bytes) / weights, 3),
+        "GiB": round((resident + memory.temp_size_in_bytes) / 2**30, 2),
+        "million_cycles": round(cycles(program.as_text()) / 1e6, 1),
+        "compile_seconds": round(time.perf_counter() - begun),
+    }
+
+
+def cycles(text: str) -> int:
+    """Cycles of all kernels of a compiled program, times the lengths of the loops around them."""
+    computations, name = {}, ""
+    for line in text.splitlines():
+        if begins := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            name = "ENTRY" if begins[1] else begins[2]
+        computations.setdefault(name, []).append(line)
+
+    @functools.cache
+    def total(name: str) -> int:
+        result = 0
+        for line in computations.get(name, ()):
+            result += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
+            if loop := re.search(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                # The condition compares with the length.
+                lengths = re.findall(r"constant\((\d+)\)", "\n".join(computations[loop[1]]))
+                result += total(loop[2]) * max(map(int, lengths), default=1)
+        return result
+
+    return total("ENTRY")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--layers", nargs="+", type=int, default=[32])
+    parser.add_argument("--topology", default="v5e:2x2", help="default: %(default)s")
+    parser.add_argument("--json", help="file to which the lines go")
+    args = parser.parse_args()
+    device = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
+    for way in args.ways:
+        for layers in args.layers:
+            try:
+                line = compiled(way, layers, device)
+            except jax.errors.JaxRuntimeError as error:
+                line = {"way": way, "layers": layers, "error": str(error).partition("\n")[0][:300]}
+            print(json.dumps(line), flush=True)
+            if args.json:
+                with open(args.json, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
