@@ -172,8 +172,10 @@ def _embed_vjp(embed: Callable, params: tuple, batch: Any, g: Array) -> Any:
 
 
 def _row_major(gradient: Array) -> Array:
-    """In the layout of the stack: XLA would transpose weights and moments to the one in which a product is written."""
-    return with_layout_constraint(gradient, Layout(tuple(range(gradient.ndim))))
+    """On a TPU, where XLA would else transpose weights and moments to the layout in which a product is written."""
+    row_major = Layout(tuple(range(gradient.ndim)))
+    constrained = lambda gradient: with_layout_constraint(gradient, row_major)  # noqa: E731
+    return lax.platform_dependent(gradient, tpu=constrained, default=lambda gradient: gradient)
 
 
 def _at(tree: Any, i: Array) -> Any:

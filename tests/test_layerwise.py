@@ -1,6 +1,8 @@
 """layerwise_update: the step of a stack of layers whose gradients exist one layer at a time."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -190,3 +192,63 @@ class TestErrors:
     def test_dtype(self):
         with pytest.raises(TypeError, match="dtype must be a floating dtype"):
             self.start(stored("factored"), dtype=jnp.int8)
+
+
+class TestSharded:
+    """Rows or columns on 8 devices, as under FSDP: the same integers, and weights that travel in one byte."""
+
+    MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gathered(self, p):
+        """Stored weights on every device, before they are decoded. Their gradients stay sharded."""
+        whole = lambda x: jax.lax.with_sharding_constraint(x, jax.NamedSharding(self.MESH, jax.P()))  # noqa: E731
+        is_stored = lambda leaf: isinstance(leaf, ag.GridArray)  # noqa: E731
+        gather = lambda q: dataclasses.replace(q, index=whole(q.index), exponent=whole(q.exponent))  # noqa: E731
+        return jax.tree.map(lambda q: gather(q) if is_stored(q) else q, p, is_leaf=is_stored)
+
+    def step(self, kind):
+        """Initial state and a step."""
+        tx, gathered_layer = ag.grid_adamw(1e-2), lambda p, x: layer(self.gathered(p), x)
+        if kind == "layerwise":
+            return ag.layerwise_update(tx, gathered_layer, embed=embed, head=head, dtype=jnp.float32)
+
+        def loss(params, tokens):
+            outer, layers = params
+            x, _ = jax.lax.scan(lambda x, p: (gathered_layer(p, x), None), embed(outer["embed"], tokens), layers)
+            return head(outer, x, tokens)
+
+        def update(params, state, tokens):
+            value, grads = ag.value_and_grad(loss, dtype=jnp.float32)(params, tokens)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        return tx.init, update
+
+    @pytest.mark.parametrize("kind", some(["layerwise", "value_and_grad"], "layerwise".__eq__))
+    @pytest.mark.parametrize("axis", some([-2, -1], (-2).__eq__))
+    def test_gathers_integers(self, kind, axis):
+        params, tokens = (
+            stored("factored"),
+            jnp.concatenate([TOKENS, TOKENS])[:, :7],
+        )  # No activation of the size of a kernel.
+
+        def spec(leaf):
+            sharded = leaf.ndim > 1 and leaf.shape[axis] % 8 == 0 and leaf.shape[-2:] != (LAYERS, WIDTH)
+            axes = ["data" if sharded and i == leaf.ndim + axis else None for i in range(leaf.ndim)]
+            return jax.NamedSharding(self.MESH, jax.P(*axes))
+
+        placed = jax.device_put(params, ag.shardings(params, jax.tree.map(spec, ag.from_grid(params))))
+        init, update = self.step(kind)
+        state = init(placed)
+        batch = jax.device_put(tokens, jax.NamedSharding(self.MESH, jax.P("data")))
+        program = jax.jit(update).lower(placed, state, batch).compile()
+        ours = program(placed, state, batch)
+        expected = jax.jit(update)(params, init(params), tokens)
+        pairs = zip(jax.tree.leaves(ours[0]), jax.tree.leaves(expected[0]), strict=True)
+        integers = [(a, b) for a, b in pairs if a.dtype != jnp.float32]
+        assert sum(int(jnp.sum(a != b)) for a, b in integers) <= 1e-3 * sum(a.size for a, _ in integers)
+        gathers = re.findall(r"= \(?(\w+)\[([\d,]*)\].* all-gather(?:-start)?\(", program.as_text())
+        sizes = {(dtype, int(np.prod([int(n) for n in shape.split(",") if n]))) for dtype, shape in gathers}
+        kernel = 2 * WIDTH * WIDTH
+        assert ("s8", kernel) in sizes
+        assert not [size for size in sizes if size[0] != "s8" and size[1] % kernel == 0]

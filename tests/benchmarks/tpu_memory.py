@@ -2,7 +2,7 @@
 
 Needs no TPU: `pip install -e ".[tpu]"`, then
 
-    python tests/benchmarks/tpu_memory.py                          # all ways; hours on two cores
+    python tests/benchmarks/tpu_memory.py --layers 2 4 --largest    # all ways; half an hour
     python tests/benchmarks/tpu_memory.py --ways "layerwise, factored" --layers 32
 
 Layers of 4096 x 11008 with 32 heads, vocabulary 32,000, one sequence of 2048 tokens, activations in bfloat16; attention
@@ -36,6 +36,7 @@ import altgrad_jax as ag
 WIDTH, HIDDEN, HEADS, VOCABULARY, CONTEXT = 4096, 11008, 32, 32_000, 2048
 HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 256
 BFLOAT16 = jnp.bfloat16
+HBM_GIB = {"TPU v5 lite": 15.75, "TPU v6 lite": 31.25}
 
 
 def shapes(layers: int, dtype=jnp.float32):
@@ -200,20 +201,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--layers", nargs="+", type=int, default=[32])
+    parser.add_argument("--largest", action="store_true", help="goes on from two numbers of layers to the largest one")
     parser.add_argument("--topology", default="v5e:2x2", help="default: %(default)s")
     parser.add_argument("--json", help="file to which the lines go")
     args = parser.parse_args()
     device = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
+
+    def tried(way: str, layers: int) -> dict:
+        try:
+            line = compiled(way, layers, device)
+        except jax.errors.JaxRuntimeError as error:
+            line = {
+                "way": way,
+                "device": device.device_kind,
+                "layers": layers,
+                "error": str(error).split("\n")[0][:200],
+            }
+        print(json.dumps(line), flush=True)
+        if args.json:
+            with open(args.json, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
+
     for way in args.ways:
-        for layers in args.layers:
-            try:
-                line = compiled(way, layers, device)
-            except jax.errors.JaxRuntimeError as error:
-                line = {"way": way, "layers": layers, "error": str(error).partition("\n")[0][:300]}
-            print(json.dumps(line), flush=True)
-            if args.json:
-                with open(args.json, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+        lines = [tried(way, layers) for layers in args.layers]
+        if args.largest:
+            first, second = lines[-2:]
+            each = (second["GiB"] - first["GiB"]) / (second["layers"] - first["layers"])
+            layers = second["layers"] + int((HBM_GIB[device.device_kind] - second["GiB"]) / each)
+            fits = "error" not in tried(way, layers)
+            while fits != ("error" in tried(way, layers := layers + (1 if fits else -1))):
+                pass
 
 
 if __name__ == "__main__":
