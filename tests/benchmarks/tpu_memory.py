@@ -2,7 +2,7 @@
 
 Needs no TPU: `pip install -e ".[tpu]"`, then
 
-    python tests/benchmarks/tpu_memory.py --layers 2 4 --largest    # all ways; half an hour
+    python tests/benchmarks/tpu_memory.py --layers 1 2 --largest    # all ways; half an hour
     python tests/benchmarks/tpu_memory.py --ways "layerwise, factored" --layers 32
 
 Layers of 4096 x 11008 with 32 heads, vocabulary 32,000, one sequence of 2048 tokens, activations in bfloat16; attention
