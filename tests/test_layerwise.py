@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from quick import some
 
 import altgrad_jax as ag
@@ -252,3 +254,51 @@ class TestSharded:
         kernel = 2 * WIDTH * WIDTH
         assert ("s8", kernel) in sizes
         assert not [size for size in sizes if size[0] != "s8" and size[1] % kernel == 0]
+
+
+class TestFrameworks:
+    """Stacks of Flax: the parameters of a scanned linen module, and the state of vmapped nnx modules."""
+
+    def trained(self, layers, one):
+        outer, _ = floats()
+        params = ag.to_grid((outer, layers))
+        tx = ag.grid_adamw(1e-2)
+        init, update = ag.layerwise_update(tx, one, embed=embed, head=head, dtype=jnp.float32)
+        state, update, losses = init(params), jax.jit(update), []
+        for _ in range(30):
+            params, state, value = update(params, state, TOKENS)
+            losses.append(float(value))
+        assert losses[-1] < 0.3 * losses[0]
+        leaves = jax.tree.leaves(params[1], is_leaf=lambda leaf: isinstance(leaf, ag.GridArray))
+        assert sum(isinstance(leaf, ag.GridArray) for leaf in leaves) == 2
+        return losses[0]
+
+    @pytest.mark.slow
+    def test_linen(self):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _=None):
+                return x + nn.Dense(WIDTH)(jnp.tanh(nn.Dense(2 * WIDTH)(nn.LayerNorm()(x)))), None
+
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        stack = nn.scan(Block, **axes, length=LAYERS)()
+        x = jnp.zeros((1, 1, WIDTH))
+        layers = stack.init(jax.random.key(0), x, None)["params"]
+        first = self.trained(layers, lambda p, x: Block().apply({"params": p}, x)[0])
+        outer, _ = ag.from_grid(ag.to_grid(floats()))
+        stored = ag.from_grid(ag.to_grid(layers))
+        x, _ = stack.apply({"params": stored}, embed(outer["embed"], TOKENS), None)
+        assert first == pytest.approx(float(head(outer, x, TOKENS)), rel=1e-5)
+
+    @pytest.mark.slow
+    def test_nnx(self):
+        class Block(nnx.Module):
+            def __init__(self, rngs):
+                self.up, self.down = (nnx.Linear(*s, rngs=rngs) for s in ((WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH)))
+
+            def __call__(self, x):
+                return x + self.down(jnp.tanh(self.up(x)))
+
+        stack = nnx.vmap(lambda key: Block(nnx.Rngs(key)))(jax.random.split(jax.random.key(0), LAYERS))
+        graph, layers = nnx.split(stack)
+        self.trained(layers, lambda p, x: nnx.merge(graph, p)(x))
