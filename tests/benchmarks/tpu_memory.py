@@ -12,6 +12,7 @@ Parameters and state are donated. The cycles are those that XLA's cost model est
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -28,6 +29,7 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import topologies
 
@@ -83,7 +85,11 @@ def attention(query, key, value):
     return jnp.moveaxis(groups, 0, 2).reshape(*query.shape[:2], -1)
 
 
+GATHER: list = []  # The mesh of all chips, in which layers gather their weights as integers.
+
+
 def layer(p, x):
+    p = gathered(GATHER[0], p) if GATHER else p
     y = normalised(x, p["attention_norm"]["scale"])
     query, key, value = ((y @ matrix(p[name])).reshape(*y.shape[:2], HEADS, -1) for name in ("query", "key", "value"))
     x = x + attention(rotated(query), rotated(key), value) @ matrix(p["mix"])
@@ -144,7 +150,35 @@ WAYS = {
 }
 
 
-def compiled(way: str, layers: int, device) -> dict:
+def placed(params, state, tokens, devices) -> tuple:
+    """The arguments as shapes with shardings: rows of matrices, of their moments, and sequences over all chips."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("chips",))
+    of = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # noqa: E731
+
+    def rows(leaf):
+        stacked = leaf.ndim > 1 and leaf.shape[-2] % len(devices) == 0 and leaf.shape[-2] >= WIDTH
+        return of(*[None] * (leaf.ndim - 2), "chips", None) if stacked else of()
+
+    shardings = jax.tree.leaves(ag.shardings(params, jax.tree.map(rows, params, is_leaf=is_stored)))
+    leaves = zip(jax.tree.leaves(params), shardings, strict=True)
+    known = {(leaf.shape, leaf.dtype): sharding for leaf, sharding in leaves}
+    shaped = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    trees = jax.tree.map(lambda leaf: shaped(leaf, known.get((leaf.shape, leaf.dtype), of())), (params, state))
+    return *trees, jax.tree.map(lambda leaf: shaped(leaf, of("chips")), tokens)
+
+
+def is_stored(leaf) -> bool:
+    return isinstance(leaf, ag.GridArray)
+
+
+def gathered(mesh, p):
+    """Integers on every chip, before they are decoded; their gradients stay sharded."""
+    whole = lambda x: jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, jax.P()))  # noqa: E731
+    gather = lambda q: dataclasses.replace(q, index=whole(q.index), exponent=whole(q.exponent))  # noqa: E731
+    return jax.tree.map(lambda q: gather(q) if is_stored(q) else q, p, is_leaf=is_stored)
+
+
+def compiled(way: str, layers: int, devices: list) -> dict:
     kind, make = WAYS[way]
     params = shapes(layers) if isinstance(kind, tuple) else shapes(layers, kind)
     weights = sum(x.size for x in jax.tree.leaves(params))
@@ -152,18 +186,16 @@ def compiled(way: str, layers: int, device) -> dict:
         params = ag.to_grid(params, kind[0], fraction_bits=kind[1])
     init, update = make()
     state = jax.eval_shape(init, params)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    tokens = jax.ShapeDtypeStruct((1, CONTEXT + 1), jnp.int32)
-    arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (params, state, tokens)
-    )
+    tokens = jax.ShapeDtypeStruct((len(devices), CONTEXT + 1), jnp.int32)
+    arguments = placed(params, state, tokens, devices)
+    GATHER[:] = [arguments[2].sharding.mesh] if len(devices) > 1 else []
     begun = time.perf_counter()
     program = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
     memory = program.memory_analysis()
     resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "way": way,
-        "device": device.device_kind,
+        "chips": f"{len(devices)} x {devices[0].device_kind}",
         "layers": layers,
         "weights": weights,
         "gradients": "float32" if kind == jnp.float32 else "bfloat16",
@@ -202,18 +234,20 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--layers", nargs="+", type=int, default=[32])
     parser.add_argument("--largest", action="store_true", help="goes on from two numbers of layers to the largest one")
+    parser.add_argument("--sharded", action="store_true", help="rows and sequences over all chips of the topology")
     parser.add_argument("--topology", default="v5e:2x2", help="default: %(default)s")
     parser.add_argument("--json", help="file to which the lines go")
     args = parser.parse_args()
-    device = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    devices = list(devices) if args.sharded else [devices[0]]
 
     def tried(way: str, layers: int) -> dict:
         try:
-            line = compiled(way, layers, device)
+            line = compiled(way, layers, devices)
         except jax.errors.JaxRuntimeError as error:
             line = {
                 "way": way,
-                "device": device.device_kind,
+                "chips": f"{len(devices)} x {devices[0].device_kind}",
                 "layers": layers,
                 "error": str(error).split("\n")[0][:200],
             }
@@ -228,7 +262,7 @@ def main() -> None:
         if args.largest:
             first, second = lines[-2:]
             each = (second["GiB"] - first["GiB"]) / (second["layers"] - first["layers"])
-            layers = second["layers"] + int((HBM_GIB[device.device_kind] - second["GiB"]) / each)
+            layers = second["layers"] + int((HBM_GIB[devices[0].device_kind] - second["GiB"]) / each)
             fits = "error" not in tried(way, layers)
             while fits != ("error" in tried(way, layers := layers + (1 if fits else -1))):
                 pass
