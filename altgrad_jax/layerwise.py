@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from altgrad_jax.gradients import deeper, slots_of, with_slots, without_slots
+from altgrad_jax.grid_array import flatten_stored, is_grid_array, shardings
 from altgrad_jax.random_words import part_of_a_stack
 
 
@@ -32,23 +34,26 @@ def layerwise_update(
     with the trees "embed" and "head". The head is updated before the layers, the embedding last. Weights that the head
     shares belong to "embed".
 
-    `tx` sees `{"layers": one layer}`, `{"embed": ...}` and `{"head": ...}`, each with a state of its own: a mask gets
-    these, a norm is that of one layer. Random bits are those of its path and its layer.
+    `tx` sees the tree of "embed", "layers" (one of them) and "head" with one part at a time, and `optax.MaskedNode` in
+    place of the others; each part has a state of its own, and those of the layers are stacked. So a norm is that of one
+    layer. The random words of this library differ from layer to layer.
 
     Args:
-        tx: Any transformation that needs no loss: `grid_adamw`, `on_grid`, `optax.adamw`.
+        tx: Any transformation that needs no loss, not compiled by itself: `grid_adamw`, `on_grid`, `optax.adamw`.
         layer: `(parameters of a layer, x) -> x`, of the same shape and dtype. Like `embed` and `head` it gets
-            GridArrays, and decodes them where it uses them, as under `value_and_grad`.
+            GridArrays, and decodes them where it uses them, as under `value_and_grad`. It sees nothing of the batch.
         embed: `(outer["embed"], batch) -> x`.
         head: `(outer, x, batch) -> loss`, a scalar: the mean over the batch.
         microbatches: In how many equal parts the batch, along the first axis of all its leaves, goes through each layer
-            one after the other before the layer is updated. Their gradients are summed in float32.
-        dtype: Dtype of the gradients of GridArrays; None for the dtype of each.
+            one after the other before the layer is updated. Their gradients are summed in float32; each part counts the
+            same, also if its loss is a mean over fewer tokens.
+        dtype: Dtype of the gradients of GridArrays; None for the dtype of each, which `optax.apply_if_finite` wants.
 
     Returns:
-        `init(params) -> state` and `update(params, state, batch) -> (params, state, loss)`. Compile the update, and
-        donate parameters and state: `jax.jit(update, donate_argnums=(0, 1))`. Raises a ValueError if the parameters are
-        not of this form, or a layer changes the shape of its input.
+        `init(params) -> state`, whose moments have the shardings of their parameters, and `update(params, state, batch)
+        -> (params, state, loss)`. Compile the update, and donate parameters and state: `jax.jit(update,
+        donate_argnums=(0, 1))`. Raises a ValueError if the parameters are not of this form, or a layer changes the
+        shape of its input.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp
@@ -67,20 +72,26 @@ def layerwise_update(
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating dtype, because it is that of gradients, got {dtype}.")
 
+    if hasattr(tx.update, "lower"):
+        raise TypeError("tx must not be compiled by itself, where it would not see which layer it is: compile update.")
+
     def init(params):
-        outer, layers, number = _checked(params)
-        states = {name: tx.init({name: outer[name]}) for name in ("embed", "head")}
+        outer, layers, number, part = _checked(params)
 
-        def of_layer(i, p):
-            with part_of_a_stack(i):
-                return tx.init({"layers": p})
+        def of_layer(layer):
+            with part_of_a_stack(layer[0]):
+                return tx.init(part("layers", layer[1]))
 
-        return states, jax.vmap(of_layer)(jnp.arange(number), layers)
+        # One after the other: an inner transformation is initialised from decoded weights.
+        start = lambda layers: lax.map(of_layer, (jnp.arange(number), layers))  # noqa: E731
+        like = _shardings(jax.eval_shape(start, layers), part("layers", layers))
+        stacked = jax.jit(start, out_shardings=like)(layers)
+        return {name: tx.init(part(name, outer[name])) for name in ("embed", "head")}, stacked
 
     def update(params, state, batch):
-        outer, layers, number = _checked(params)
+        outer, layers, number, part = _checked(params)
         states, layer_states = state
-        batch = jax.tree.map(_split, batch)
+        batch = split(batch)
         x = lax.map(functools.partial(embed, outer["embed"]), batch)
         _check_layer(layer, layers, x)
 
@@ -91,6 +102,7 @@ def layerwise_update(
         (loss, gradient), x = summed(
             lambda slots, x, b: _value_and_vjp(head, (outer, slots), x, b), slots_of(outer, dtype), (x, batch)
         )
+        updated = functools.partial(_updated, tx, part)
         new_head, head_state = updated("head", outer["head"], states["head"], gradient["head"])
 
         def backward(j, carry):
@@ -118,11 +130,6 @@ def layerwise_update(
         outer = outer | {"embed": new_embed, "head": new_head}
         return (outer, layers), ({"embed": embed_state, "head": head_state}, layer_states), loss
 
-    def updated(name, params, state, gradient):
-        updates, state = tx.update({name: gradient}, state, {name: params})
-        after: Any = optax.apply_updates({name: params}, updates)
-        return after[name], state
-
     def summed(function, slots, parts):
         """The sum of the first results of the microbatches, and all second results."""
         if microbatches == 1:
@@ -135,12 +142,19 @@ def layerwise_update(
 
         one = jax.eval_shape(function, slots, *jax.tree.map(lambda x: x[0], parts))[0]
         wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
-        return lax.scan(add, jax.tree.map(wide, one), parts)
+        total, second = lax.scan(add, jax.tree.map(wide, one), parts)
+        return jax.tree.map(lambda t, x: t.astype(x.dtype), total, one), second
 
-    def _split(x):
-        if x.shape[0] % microbatches:
-            raise ValueError(f"microbatches must divide the batch, got {microbatches} for an array {x.shape}.")
-        return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+    def split(batch):
+        if microbatches == 1:
+            return jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+        shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batch)}
+        lengths = {shape[:1] for shape in shapes.values()}
+        if len(lengths) != 1 or () in lengths or next(iter(lengths))[0] % microbatches:
+            raise ValueError(
+                f"all leaves of the batch must have one length that microbatches={microbatches} divides, got {shapes}."
+            )
+        return jax.tree.map(lambda x: x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:]), batch)
 
     def _value_and_vjp(head, outer, x, batch):
         """Loss and gradients, of which each microbatch has its share, and the gradient of x."""
@@ -186,14 +200,25 @@ def _put(tree: Any, i: Array, part: Any) -> Any:
     return jax.tree.map(lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0), tree, part)
 
 
-def _checked(params: Any) -> tuple[dict, Any, int]:
-    """Outer parameters, layers, and their number."""
+def _updated(tx: Any, part: Callable, name: str, params: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
+    params = part(name, params)
+    updates, state = tx.update(part(name, gradient), state, params)
+    after: Any = optax.apply_updates(params, updates)
+    return after[name], state
+
+
+def _checked(params: Any) -> tuple[dict, Any, int, Callable[[str, Any], dict]]:
+    """Outer parameters, layers, their number, and what makes the tree that `tx` sees of a part and its name."""
     if not (isinstance(params, tuple) and len(params) == 2):
         raise ValueError(f"params must be (outer, layers), got {type(params).__name__}.")
     outer, layers = params
     if not (isinstance(outer, dict) and set(outer) == {"embed", "head"}):
         got = sorted(outer) if isinstance(outer, dict) else type(outer).__name__
         raise ValueError(f'outer must be a dictionary of "embed" and "head", got {got}.')
+    paths, leaves, _ = flatten_stored(params)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not is_grid_array(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"parameters must be floating or stored, got {leaf.dtype} at {jax.tree_util.keystr(path)}.")
     lengths = {jnp.shape(leaf)[:1]: path for path, leaf in jax.tree_util.tree_leaves_with_path(layers)}
     if len(lengths) != 1 or () in lengths:
         found = {jax.tree_util.keystr(path): length for length, path in lengths.items()}
@@ -201,7 +226,28 @@ def _checked(params: Any) -> tuple[dict, Any, int]:
             f"all leaves of layers must have the same leading axis, the layers, got lengths {found}: stack equal "
             "layers, and store them by jax.vmap(to_grid) if rows of fewer than 8 numbers share a scale."
         )
-    return outer, layers, next(iter(lengths))[0]
+    # A part may hold no stored weight, but not all of them: then on_grid says so.
+    stored = any(map(is_grid_array, leaves))
+    others = dict.fromkeys(("embed", "layers", "head") if stored else (), optax.MaskedNode())
+    return outer, layers, next(iter(lengths))[0], lambda name, tree: others | {name: tree}
+
+
+def _shardings(state: Any, params: Any) -> Any:
+    """Those of the parameters for state leaves at their paths, except in dimensions of one element; None for others."""
+    paths, leaves, _ = flatten_stored(params)
+    of = {path: (p.index if is_grid_array(p) else p) for path, p in zip(paths, leaves, strict=True)}
+    paths, leaves, structure = flatten_stored(state)
+
+    def leaf(path, leaf):
+        places = [path[i:] for i in range(len(path)) if path[i:] in of]
+        sharding = getattr(of[places[0]], "sharding", None) if places else None
+        if isinstance(sharding, NamedSharding) and leaf.ndim == of[places[0]].ndim:
+            spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+            kept = [axis if n > 1 else None for axis, n in zip(spec, leaf.shape, strict=True)]
+            return shardings(leaf, sharding.update(spec=PartitionSpec(*kept)))
+        return jax.tree.map(lambda _: None, leaf)
+
+    return structure.unflatten(map(leaf, paths, leaves))
 
 
 def _check_layer(layer: Callable, layers: Any, x: Array) -> None:

@@ -130,7 +130,8 @@ def on_grid(
         keys = leaf_keys(seed, state.grid_step, paths) if rounding == "stochastic" else [None] * len(paths)
         rates = (0, 0, 0) if momentum is None else _rates(momentum, state.grid_step)
         results = [_moved_leaf(rates, *arguments) for arguments in zip(leaves, *rest, keys, strict=True)]
-        steps, exponent, carried = (structure.unflatten(column) for column in zip(*results, strict=True))
+        columns = zip(*results, strict=True) if results else ((), (), ())  # A masked group may be empty.
+        steps, exponent, carried = map(structure.unflatten, columns)
         # The second half of the range repeats, because the first steps have a bias correction.
         following = jnp.where(state.grid_step == np.uint32(2**32 - 1), np.uint32(2**31), state.grid_step + 1)
         return steps, OnGridState(following, exponent, carried, inner_state)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +131,30 @@ class TestUpdate:
         expected, _ = outside(optax.adamw(1e-2), floats(), head=tied_head)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, expected)
 
+    @pytest.mark.parametrize("second_moment", some(["factored", "8bit"], "factored".__eq__))
+    def test_of_parts_without_stored_weights(self, second_moment):
+        """A tied head may have norms alone, or nothing."""
+        outer, layers = ag.to_grid(floats())
+        tx = ag.grid_adamw(1e-2, second_moment=second_moment)
+        for part in ({"bias": jnp.zeros(VOCABULARY)}, {}):
+            of_tied = lambda outer, x, tokens: tied_head(  # noqa: E731
+                outer | {"head": {"bias": jnp.zeros(VOCABULARY)} | outer["head"]}, x, tokens
+            )
+            params = (outer | {"head": part}, layers)
+            (after, _), _, losses = run(tx, params, steps=4, head=of_tied)
+            assert losses[-1] < losses[0]
+            assert (after["embed"]["table"].index != outer["embed"]["table"].index).any()
+
+    def test_without_stored_weights_on_grid_says_so(self):
+        with pytest.raises(ValueError, match="no parameter that is stored"):
+            run(ag.grid_adamw(1e-2), floats(), steps=1)
+
+    def test_of_bfloat16_keeps_its_dtypes(self):
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), floats())
+        after, state, _ = run(optax.adamw(1e-2), params, microbatches=2)
+        start, _ = ag.layerwise_update(optax.adamw(1e-2), layer, embed=embed, head=head)
+        chex.assert_trees_all_equal_shapes_and_dtypes((after, state), (params, start(params)))
+
     @pytest.mark.parametrize("microbatches", [2, 4])
     def test_of_microbatches_is_that_of_the_batch(self, microbatches):
         whole, _, losses = run(optax.sgd(0.1), floats())
@@ -182,9 +207,24 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"layer must give what it takes, float32\(4, 8, 64\), got"):
             self.start(stored("factored"), layer=lambda p, x: x[..., :3])
 
-    def test_a_batch_that_microbatches_do_not_divide(self):
-        with pytest.raises(ValueError, match=r"microbatches must divide the batch, got 3 for an array \(4, 9\)"):
-            self.start(stored("factored"), microbatches=3)
+    @pytest.mark.parametrize(("microbatches", "batch"), [(3, TOKENS), (2, (TOKENS, TOKENS[:2])), (2, (TOKENS, 1))])
+    def test_a_batch_that_microbatches_do_not_divide(self, microbatches, batch):
+        params = stored("factored")
+        _, update = ag.layerwise_update(ag.grid_adamw(1e-2), layer, embed=embed, head=head, microbatches=microbatches)
+        with pytest.raises(ValueError, match=rf"one length that microbatches={microbatches} divides, got"):
+            update(params, ({"embed": None, "head": None}, None), batch)
+
+    def test_integers(self):
+        outer, layers = floats()
+        layers["number"] = jnp.arange(LAYERS)
+        with pytest.raises(TypeError, match=r"must be floating or stored, got int32 at \[1\]\['number'\]"):
+            self.start(ag.to_grid((outer, layers)))
+
+    def test_a_compiled_transformation(self):
+        tx = ag.grid_adamw(1e-2)
+        compiled = optax.GradientTransformation(tx.init, jax.jit(tx.update))
+        with pytest.raises(TypeError, match="tx must not be compiled by itself"):
+            ag.layerwise_update(compiled, layer, embed=embed, head=head)
 
     @pytest.mark.parametrize("microbatches", [0, 1.5])
     def test_microbatches(self, microbatches):
@@ -242,6 +282,10 @@ class TestSharded:
         placed = jax.device_put(params, ag.shardings(params, jax.tree.map(spec, ag.from_grid(params))))
         init, update = self.step(kind)
         state = init(placed)
+        for momentum in jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, ag.GridArray)):
+            if isinstance(momentum, ag.GridArray) and momentum.ndim == 3:
+                name = "up" if momentum.shape[-1] == 2 * WIDTH else "down"
+                assert momentum.index.sharding == placed[1][name]["kernel"].index.sharding
         batch = jax.device_put(tokens, jax.NamedSharding(self.MESH, jax.P("data")))
         program = jax.jit(update).lower(placed, state, batch).compile()
         ours = program(placed, state, batch)

@@ -667,6 +667,12 @@ class TestOptaxContract:
         mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
         chex.assert_trees_all_equal(mapped, state)
 
+    def test_a_group_of_partition_may_be_empty(self):
+        tx = optax.partition({label: ag.grid_adamw(1e-2) for label in ("all", "none")}, lambda params: "all")
+        params = ag.to_grid({"kernel": jnp.ones((4, 8))})
+        updates, _ = tx.update({"kernel": jnp.ones((4, 8))}, tx.init(params), params)
+        assert (optax.apply_updates(params, updates)["kernel"].index != params["kernel"].index).any()
+
     def test_inside_are_masks_clipping_accumulation_and_guards(self):
         params, gradients = params_and_gradients()
         for inner in (

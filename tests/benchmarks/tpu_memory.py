@@ -238,6 +238,8 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x2", help="default: %(default)s")
     parser.add_argument("--json", help="file to which the lines go")
     args = parser.parse_args()
+    if args.largest and len(args.layers) != 2:
+        parser.error("--largest needs two numbers of layers that fit, such as --layers 1 2")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     devices = list(devices) if args.sharded else [devices[0]]
 
@@ -260,7 +262,7 @@ def main() -> None:
     for way in args.ways:
         lines = [tried(way, layers) for layers in args.layers]
         if args.largest:
-            first, second = lines[-2:]
+            first, second = lines
             each = (second["GiB"] - first["GiB"]) / (second["layers"] - first["layers"])
             layers = second["layers"] + int((HBM_GIB[devices[0].device_kind] - second["GiB"]) / each)
             fits = "error" not in tried(way, layers)
