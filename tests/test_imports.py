@@ -28,6 +28,7 @@ FLOORS = {
     "grid_steps": 4,
     "gradients": 4,
     "diagnostics": 4,
+    "layerwise": 5,
     "optimizers": 5,
     "flax_support": 6,
 }
