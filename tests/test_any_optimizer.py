@@ -81,7 +81,7 @@ COMPRESSED = {
     )
 } | {"sgd momentum": {}, "sgd nesterov": {}, "sm3": {"first": ("nu",), "second": ()}}
 FORMAT = "float8_e4m3fn"
-QUICK = ("adamw", "sm3", "contrib.muon", "contrib.schedule_free_adamw")
+QUICK = ("adamw", "sm3", "contrib.schedule_free_adamw")
 
 
 @functools.cache

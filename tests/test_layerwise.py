@@ -131,19 +131,18 @@ class TestUpdate:
         expected, _ = outside(optax.adamw(1e-2), floats(), head=tied_head)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, expected)
 
+    @pytest.mark.parametrize("part", some([{"bias": jnp.zeros(VOCABULARY)}, {}], {}.__eq__))
     @pytest.mark.parametrize("second_moment", some(["factored", "8bit"], "factored".__eq__))
-    def test_of_parts_without_stored_weights(self, second_moment):
+    def test_of_parts_without_stored_weights(self, second_moment, part):
         """A tied head may have norms alone, or nothing."""
         outer, layers = ag.to_grid(floats())
         tx = ag.grid_adamw(1e-2, second_moment=second_moment)
-        for part in ({"bias": jnp.zeros(VOCABULARY)}, {}):
-            of_tied = lambda outer, x, tokens: tied_head(  # noqa: E731
-                outer | {"head": {"bias": jnp.zeros(VOCABULARY)} | outer["head"]}, x, tokens
-            )
-            params = (outer | {"head": part}, layers)
-            (after, _), _, losses = run(tx, params, steps=4, head=of_tied)
-            assert losses[-1] < losses[0]
-            assert (after["embed"]["table"].index != outer["embed"]["table"].index).any()
+        of_tied = lambda outer, x, tokens: tied_head(  # noqa: E731
+            outer | {"head": {"bias": jnp.zeros(VOCABULARY)} | outer["head"]}, x, tokens
+        )
+        (after, _), _, losses = run(tx, (outer | {"head": part}, layers), steps=4, head=of_tied)
+        assert losses[-1] < losses[0]
+        assert (after["embed"]["table"].index != outer["embed"]["table"].index).any()
 
     def test_without_stored_weights_on_grid_says_so(self):
         with pytest.raises(ValueError, match="no parameter that is stored"):
@@ -155,7 +154,7 @@ class TestUpdate:
         start, _ = ag.layerwise_update(optax.adamw(1e-2), layer, embed=embed, head=head)
         chex.assert_trees_all_equal_shapes_and_dtypes((after, state), (params, start(params)))
 
-    @pytest.mark.parametrize("microbatches", [2, 4])
+    @pytest.mark.parametrize("microbatches", some([2, 4], (2).__eq__))
     def test_of_microbatches_is_that_of_the_batch(self, microbatches):
         whole, _, losses = run(optax.sgd(0.1), floats())
         parts, _, others = run(optax.sgd(0.1), floats(), microbatches=microbatches)
@@ -175,6 +174,7 @@ class TestUpdate:
         pairs = [np.corrcoef(moved[i].ravel(), moved[j].ravel())[0, 1] for i in range(LAYERS) for j in range(i)]
         assert np.abs(pairs).max() < 0.05
 
+    @pytest.mark.slow
     def test_trains(self):
         losses = run(ag.grid_adamw(1e-2), stored("factored"), steps=40)[2]
         twin = run(optax.adamw(1e-2), floats(), steps=40)[2]
@@ -266,8 +266,9 @@ class TestSharded:
 
         return tx.init, update
 
-    @pytest.mark.parametrize("kind", some(["layerwise", "value_and_grad"], "layerwise".__eq__))
-    @pytest.mark.parametrize("axis", some([-2, -1], (-2).__eq__))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["layerwise", "value_and_grad"])
+    @pytest.mark.parametrize("axis", [-2, -1])
     def test_gathers_integers(self, kind, axis):
         params, tokens = (
             stored("factored"),

@@ -543,18 +543,16 @@ class TestDeterminism:
 class TestStacks:
     """Layers that are stacked along the first axis are scanned, mapped and trained together."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("shape", "exponents"),
-        some(
-            [
-                ((6, 4, 4), (6, 1, 1)),
-                ((3, 3, 5, 16), (3, 3, 5, 1)),
-                ((3, 3, 1, 4), (3, 3, 1, 1)),
-                ((32, 2, 64), (32, 2, 1)),
-                ((5000, 32), (5000, 1)),
-            ],
-            lambda shapes: shapes[0] == (6, 4, 4),
-        ),
+        [
+            ((6, 4, 4), (6, 1, 1)),
+            ((3, 3, 5, 16), (3, 3, 5, 1)),
+            ((3, 3, 1, 4), (3, 3, 1, 1)),
+            ((32, 2, 64), (32, 2, 1)),
+            ((5000, 32), (5000, 1)),
+        ],
     )
     def test_of_odd_shapes(self, shape, exponents):
         tx = VARIANTS["8-bit moments"]()
