@@ -52,8 +52,12 @@ def layerwise_update(
     Returns:
         `init(params) -> state`, whose moments have the shardings of their parameters, and `update(params, state, batch)
         -> (params, state, loss)`. Compile the update, and donate parameters and state: `jax.jit(update,
-        donate_argnums=(0, 1))`. Raises a ValueError if the parameters are not of this form, or a layer changes the
-        shape of its input.
+        donate_argnums=(0, 1))`.
+
+    Raises:
+        ValueError: If the parameters are not of this form, a layer changes the shape or dtype of its input, or the
+            batch cannot be divided.
+        TypeError: If `tx` is compiled, a parameter is an integer that is not stored, or dtype is not floating.
 
     Example:
         >>> import altgrad_jax as ag, jax, jax.numpy as jnp
@@ -71,7 +75,6 @@ def layerwise_update(
         raise ValueError(f"microbatches must be a positive int, got {microbatches!r}.")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating dtype, because it is that of gradients, got {dtype}.")
-
     if hasattr(tx.update, "lower"):
         raise TypeError("tx must not be compiled by itself, where it would not see which layer it is: compile update.")
 

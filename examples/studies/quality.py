@@ -17,7 +17,6 @@ import argparse
 import functools
 import pathlib
 import tempfile
-import threading
 import time
 
 import harness
@@ -52,7 +51,6 @@ class Runner:
 
     def __init__(self, store: harness.Store, lanes: int):
         self.store, self.lanes, self.device = store, lanes, jax.devices()[0].device_kind
-        self.compiling = threading.Lock()
 
     def names(self, task, arm, role, **numbers) -> dict:
         about = {"task": task.name, "steps": task.steps, "arm": arm.name, "role": role}
