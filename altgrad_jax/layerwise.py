@@ -19,10 +19,10 @@ from altgrad_jax.random_words import part_of_a_stack
 
 def layerwise_update(
     tx: optax.GradientTransformation,
-    layer: Callable[[Any, Array], Array],
+    layer: Callable[[Any, Any], Any],
     *,
-    embed: Callable[[Any, Any], Array],
-    head: Callable[[Any, Array, Any], Array],
+    embed: Callable[[Any, Any], Any],
+    head: Callable[[Any, Any, Any], Array],
     microbatches: int = 1,
     dtype: DTypeLike | None = jnp.bfloat16,
 ) -> tuple[Callable, Callable]:
@@ -40,9 +40,10 @@ def layerwise_update(
 
     Args:
         tx: Any transformation that needs no loss, not compiled by itself: `grid_adamw`, `on_grid`, `optax.adamw`.
-        layer: `(parameters of a layer, x) -> x`, of the same shape and dtype. Like `embed` and `head` it gets
-            GridArrays, and decodes them where it uses them, as under `value_and_grad`. It sees nothing of the batch.
-        embed: `(outer["embed"], batch) -> x`.
+        layer: `(parameters of a layer, x) -> x`, of the same shapes and dtypes. Like `embed` and `head` it gets
+            GridArrays, and decodes them where it uses them, as under `value_and_grad`.
+        embed: `(outer["embed"], batch) -> x`: an array, or a tree of all that layers need of the batch. Masks and keys
+            have no gradient; a layer with dropout splits the key and passes a new one on.
         head: `(outer, x, batch) -> loss`, a scalar: the mean over the batch.
         microbatches: In how many equal parts the batch, along the first axis of all its leaves, goes through each layer
             one after the other before the layer is updated. Their gradients are summed in float32; each part counts the
@@ -55,7 +56,7 @@ def layerwise_update(
         donate_argnums=(0, 1))`.
 
     Raises:
-        ValueError: If the parameters are not of this form, a layer changes the shape or dtype of its input, or the
+        ValueError: If the parameters are not of this form, a layer changes a shape or dtype of its input, or the
             batch cannot be divided.
         TypeError: If `tx` is compiled, a parameter is an integer that is not stored, or dtype is not floating.
 
@@ -102,31 +103,31 @@ def layerwise_update(
             return lax.map(functools.partial(layer, p), x), x
 
         x, inputs = lax.scan(forward, x, layers)
-        (loss, gradient), x = summed(
+        (loss, gradient), g = summed(
             lambda slots, x, b: _value_and_vjp(head, (outer, slots), x, b), slots_of(outer, dtype), (x, batch)
         )
         updated = functools.partial(_updated, tx, part)
         new_head, head_state = updated("head", outer["head"], states["head"], gradient["head"])
 
         def backward(j, carry):
-            layers, layer_states, x = carry
+            layers, layer_states, g = carry
             i = number - 1 - j
             p, s, before = (_at(tree, i) for tree in (layers, layer_states, inputs))
-            gradient, x = summed(
-                lambda slots, before, g: _vjp(layer, (p, slots), before, g), slots_of(p, dtype), (before, x)
+            gradient, g = summed(
+                lambda slots, before, g: _vjp(layer, (p, slots), before, g), slots_of(p, dtype), (before, g)
             )
             gradient = jax.tree.map(_row_major, gradient)
             with part_of_a_stack(i):
                 p, s = updated("layers", p, s, gradient)
             # Everything reads the stacks before they are written: otherwise XLA copies whole stacks.
-            p, s, x = lax.optimization_barrier((p, s, x))
-            return _put(layers, i, p), _put(layer_states, i, s), x
+            p, s, g = lax.optimization_barrier((p, s, g))
+            return _put(layers, i, p), _put(layer_states, i, s), g
 
-        layers, layer_states, x = lax.fori_loop(0, number, backward, (layers, layer_states, x))
+        layers, layer_states, g = lax.fori_loop(0, number, backward, (layers, layer_states, g))
         from_layers, _ = summed(
             lambda slots, b, g: (_embed_vjp(embed, (outer["embed"], slots), b, g), ()),
             slots_of(outer["embed"], dtype),
-            (batch, x),
+            (batch, g),
         )
         gradient = jax.tree.map(jnp.add, gradient["embed"], from_layers)
         new_embed, embed_state = updated("embed", outer["embed"], states["embed"], gradient)
@@ -164,28 +165,40 @@ def layerwise_update(
         params, slots = outer
         with deeper() as depth:
 
-            def loss(slots, x):
-                return without_slots(head(with_slots(params, slots, depth), x, batch), depth) / microbatches
+            def loss(slots, floats):
+                all_of_x = _with_floats(x, floats)
+                return without_slots(head(with_slots(params, slots, depth), all_of_x, batch), depth) / microbatches
 
-            value, (gradient, g) = jax.value_and_grad(loss, (0, 1))(slots, x)
+            value, (gradient, g) = jax.value_and_grad(loss, (0, 1))(slots, _floats(x))
         return (value, gradient), g
 
     return init, update
 
 
-def _vjp(layer: Callable, params: tuple, x: Array, g: Array) -> tuple[Any, Array]:
-    """Gradients of a layer and of its input."""
+def _floats(x: Any) -> list[Array]:
+    """The leaves that have gradients."""
+    return [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _with_floats(x: Any, floats: list[Array]) -> Any:
+    others = iter(floats)
+    return jax.tree.map(lambda leaf: next(others) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, x)
+
+
+def _vjp(layer: Callable, params: tuple, x: Any, g: list[Array]) -> tuple[Any, list[Array]]:
+    """Gradients of a layer and of the floating leaves of its input, from those of its result."""
     stored, slots = params
     with deeper() as depth:
-        _, pull = jax.vjp(lambda slots, x: without_slots(layer(with_slots(stored, slots, depth), x), depth), slots, x)
+
+        def result(slots, floats):
+            return _floats(without_slots(layer(with_slots(stored, slots, depth), _with_floats(x, floats)), depth))
+
+        _, pull = jax.vjp(result, slots, _floats(x))
         return pull(g)
 
 
-def _embed_vjp(embed: Callable, params: tuple, batch: Any, g: Array) -> Any:
-    stored, slots = params
-    with deeper() as depth:
-        _, pull = jax.vjp(lambda slots: without_slots(embed(with_slots(stored, slots, depth), batch), depth), slots)
-        return pull(g)[0]
+def _embed_vjp(embed: Callable, params: tuple, batch: Any, g: list[Array]) -> Any:
+    return _vjp(lambda p, _: embed(p, batch), params, (), g)[0]
 
 
 def _row_major(gradient: Array) -> Array:
@@ -253,9 +266,9 @@ def _shardings(state: Any, params: Any) -> Any:
     return structure.unflatten(map(leaf, paths, leaves))
 
 
-def _check_layer(layer: Callable, layers: Any, x: Array) -> None:
+def _check_layer(layer: Callable, layers: Any, x: Any) -> None:
     one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)  # noqa: E731
-    out = jax.eval_shape(lambda layers, x: layer(one(layers), x[0]), layers, x)
-    wanted = (x.shape[1:], x.dtype)
-    if not hasattr(out, "shape") or (out.shape, out.dtype) != wanted:
-        raise ValueError(f"layer must give what it takes, {x.dtype}{x.shape[1:]}, got {out}.")
+    takes, gives = jax.eval_shape(lambda layers, x: (one(x), layer(one(layers), one(x))), layers, x)
+    written = lambda tree: jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)  # noqa: E731
+    if written(takes) != written(gives):
+        raise ValueError(f"layer must give what it takes, {written(takes)}, got {written(gives)}.")

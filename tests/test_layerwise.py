@@ -161,6 +161,37 @@ class TestUpdate:
         np.testing.assert_allclose(losses, others, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, parts)
 
+    @pytest.mark.parametrize("microbatches", some([1, 2], (2).__eq__))
+    def test_of_a_tree_between_layers(self, microbatches):
+        """Layers pass on a mask, a key of dropout, and what all of them read, which has gradients of its own."""
+
+        def of_batch(p, batch):
+            tokens, keys = batch
+            x = embed(p, tokens)
+            return {"x": x, "memory": 1 + x.mean((1, 2), keepdims=True), "mask": tokens[:, :-1] != 0, "keys": keys}
+
+        def drop(p, x):
+            keys = jax.vmap(lambda key: jax.random.split(key)[0])(x["keys"])
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (WIDTH,)))(keys)[:, None] & x["mask"][..., None]
+            return x | {"x": x["x"] + kept * layer(p, x["memory"] * x["x"]), "keys": keys}
+
+        def of_x(outer, x, batch):
+            return head(outer, x["x"] * x["memory"], batch[0])
+
+        def whole(params, batch):
+            x, _ = jax.lax.scan(lambda x, p: (drop(p, x), None), of_batch(params[0]["embed"], batch), params[1])
+            return of_x(params[0], x, batch)
+
+        batch, params = (TOKENS, jax.random.split(jax.random.key(3), len(TOKENS))), floats()
+        _, update = ag.layerwise_update(optax.sgd(0.1), drop, embed=of_batch, head=of_x, microbatches=microbatches)
+        init, _ = ag.layerwise_update(optax.sgd(0.1), drop, embed=of_batch, head=of_x)
+        after, _, value = jax.jit(update)(params, init(params), batch)
+        expected, gradient = jax.jit(jax.value_and_grad(whole))(params, batch)
+        assert float(value) == pytest.approx(float(expected), rel=1e-5)
+        assert all(float(jnp.abs(g).max()) > 1e-4 for g in jax.tree.leaves(gradient))
+        moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, moved)
+
     def test_equal_layers_draw_other_bits(self):
         """Layers without an effect have the same gradient, zero, and decay by less than a step."""
         tx = ag.on_grid(optax.chain(optax.add_decayed_weights(0.01), optax.scale(-1.0)))
@@ -204,7 +235,9 @@ class TestErrors:
             self.start(ag.to_grid((outer, layers)))
 
     def test_layers_that_change_their_input(self):
-        with pytest.raises(ValueError, match=r"layer must give what it takes, float32\(4, 8, 64\), got"):
+        with pytest.raises(
+            ValueError, match=r"layer must give what it takes, float32\[4, 8, 64\], got float32\[4, 8, 3\]"
+        ):
             self.start(stored("factored"), layer=lambda p, x: x[..., :3])
 
     @pytest.mark.parametrize(("microbatches", "batch"), [(3, TOKENS), (2, (TOKENS, TOKENS[:2])), (2, (TOKENS, 1))])
