@@ -32,106 +32,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
+from llama import BFLOAT16, Llama, whole
 
 import altgrad_jax as ag
 
-WIDTH, HIDDEN, HEADS, VOCABULARY, CONTEXT = 4096, 11008, 32, 32_000, 2048
-HEADS_AT_ONCE, TOKENS_AT_ONCE = 4, 256
-BFLOAT16 = jnp.bfloat16
+MODEL = Llama()
 HBM_GIB = {"TPU v5 lite": 15.75, "TPU v6 lite": 31.25}
-
-
-def shapes(layers: int, dtype=jnp.float32):
-    """Parameters as shapes."""
-    matrices = dict.fromkeys(("query", "key", "value", "mix"), (WIDTH, WIDTH))
-    matrices |= {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
-    norms = {"attention_norm": {"scale": (WIDTH,)}, "mlp_norm": {"scale": (WIDTH,)}}
-    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
-    described = lambda tree, *stack: jax.tree.map(  # noqa: E731
-        lambda shape: jax.ShapeDtypeStruct((*stack, *shape), dtype), tree, is_leaf=is_shape
-    )
-    head = {"norm": {"scale": (WIDTH,)}, "kernel": (WIDTH, VOCABULARY)}
-    outer = {"embed": {"embedding": (VOCABULARY, WIDTH)}, "head": head}
-    return described(outer), described(matrices | norms, layers)
-
-
-def matrix(kernel):
-    return kernel.value(BFLOAT16) if isinstance(kernel, ag.GridArray) else kernel.astype(BFLOAT16)
-
-
-def normalised(x, scale):
-    y = jnp.float32(x)
-    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-6) * scale).astype(BFLOAT16)
-
-
-def rotated(x):
-    """Rotary positions, of `[batch, length, heads, size]`."""
-    half = x.shape[-1] // 2
-    angle = jnp.arange(x.shape[1])[:, None] * 1e4 ** (-jnp.arange(half) / half)
-    sin, cos = (f(angle)[:, None].astype(x.dtype) for f in (jnp.sin, jnp.cos))
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def attention(query, key, value):
-    """Causal, a few heads at once."""
-
-    @jax.checkpoint
-    def of_heads(parts):
-        return jax.nn.dot_product_attention(*parts, is_causal=True)
-
-    grouped = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1, HEADS_AT_ONCE, x.shape[-1]), 2, 0)  # noqa: E731
-    groups = jax.lax.map(of_heads, tuple(map(grouped, (query, key, value))))
-    return jnp.moveaxis(groups, 0, 2).reshape(*query.shape[:2], -1)
-
-
 GATHER: list = []  # The mesh of all chips, in which layers gather their weights as integers.
 
 
 def layer(p, x):
-    p = gathered(GATHER[0], p) if GATHER else p
-    y = normalised(x, p["attention_norm"]["scale"])
-    query, key, value = ((y @ matrix(p[name])).reshape(*y.shape[:2], HEADS, -1) for name in ("query", "key", "value"))
-    x = x + attention(rotated(query), rotated(key), value) @ matrix(p["mix"])
-    y = normalised(x, p["mlp_norm"]["scale"])
-    return x + (jax.nn.silu(y @ matrix(p["gate"])) * (y @ matrix(p["up"]))) @ matrix(p["down"])
-
-
-def embed(p, tokens):
-    return jnp.asarray(p["embedding"][tokens[:, :-1]]).astype(BFLOAT16)
-
-
-def head(outer, x, tokens):
-    x, kernel = normalised(x, outer["head"]["norm"]["scale"]), matrix(outer["head"]["kernel"])
-
-    @jax.checkpoint
-    def part(parts):
-        x, labels = parts
-        return optax.softmax_cross_entropy_with_integer_labels((x @ kernel).astype(jnp.float32), labels).mean()
-
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, TOKENS_AT_ONCE, *x.shape[2:]), 1, 0)  # noqa: E731
-    return jax.lax.map(part, (split(x), split(tokens[:, 1:]))).mean()
+    return MODEL.layer(gathered(GATHER[0], p) if GATHER else p, x)
 
 
 def loss(params, tokens):
-    outer, layers = params
-    x, _ = jax.lax.scan(jax.checkpoint(lambda x, p: (layer(p, x), None)), embed(outer["embed"], tokens), layers)
-    return head(outer, x, tokens)
-
-
-def whole(tx, value_and_grad):
-    """Initial state and a step that has all gradients at once."""
-
-    def update(params, state, tokens):
-        value, grads = value_and_grad(params, tokens)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return tx.init, update
+    return MODEL.loss(params, tokens, layer)
 
 
 def layerwise(tx):
-    return ag.layerwise_update(tx, layer, embed=embed, head=head)
+    return ag.layerwise_update(tx, layer, embed=MODEL.embed, head=MODEL.head)
 
 
 of_stored = ag.value_and_grad(loss, dtype=BFLOAT16)
@@ -156,7 +75,7 @@ def placed(params, state, tokens, devices) -> tuple:
     of = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))  # noqa: E731
 
     def rows(leaf):
-        stacked = leaf.ndim > 1 and leaf.shape[-2] % len(devices) == 0 and leaf.shape[-2] >= WIDTH
+        stacked = leaf.ndim > 1 and leaf.shape[-2] % len(devices) == 0 and leaf.shape[-2] >= MODEL.width
         return of(*[None] * (leaf.ndim - 2), "chips", None) if stacked else of()
 
     shardings = jax.tree.leaves(ag.shardings(params, jax.tree.map(rows, params, is_leaf=is_stored)))
@@ -180,13 +99,13 @@ def gathered(mesh, p):
 
 def compiled(way: str, layers: int, devices: list) -> dict:
     kind, make = WAYS[way]
-    params = shapes(layers) if isinstance(kind, tuple) else shapes(layers, kind)
+    params = MODEL.shapes(layers, jnp.float32 if isinstance(kind, tuple) else kind)
     weights = sum(x.size for x in jax.tree.leaves(params))
     if isinstance(kind, tuple):
         params = ag.to_grid(params, kind[0], fraction_bits=kind[1])
     init, update = make()
     state = jax.eval_shape(init, params)
-    tokens = jax.ShapeDtypeStruct((len(devices), CONTEXT + 1), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((len(devices), MODEL.context + 1), jnp.int32)
     arguments = placed(params, state, tokens, devices)
     GATHER[:] = [arguments[2].sharding.mesh] if len(devices) > 1 else []
     begun = time.perf_counter()
