@@ -3,6 +3,7 @@
 Needs no TPU: `pip install -e ".[tpu]"`, then
 
     python tests/benchmarks/tpu_bytes.py
+    python tests/benchmarks/tpu_bytes.py --roofline
 
     one matrix  optax.adamw                      28.00 bytes,  15.0 operations per weight,  1 kernels
     one matrix  manifold_adamw                   36.00 bytes,  63.0 operations per weight,  1 kernels
@@ -34,6 +35,9 @@ also prefetches, which counts, and merges leaves of one shape that draw random w
 moment takes two kernels, and so does one beside 8-bit second moments and float32 gradients. The number of
 operands of a kernel decides: one more array, scale per row or scalar that the compiler does not know can turn a step
 into three kernels.
+
+The roofline has picoseconds per weight by bytes and by operations, for the chips of `CHIPS`, and what XLA's cost model
+estimates for the program of the v5e. GPUs are given the same bytes and operations: they have another compiler.
 """
 
 import argparse
@@ -93,6 +97,17 @@ STORED = {
 }
 
 
+# Bytes and 32-bit vector operations per second, of integers: most are. TPUs: the bandwidths and clocks of Google
+# Cloud and of "How to Scale Your Model" (Austin et al. 2025), 8 x 128 lanes of 4 units each; the clock of v6e from
+# its 918 TFLOP/s in two units of 256 x 256. GPUs: NVIDIA's data sheets, 64 integer lanes in each multiprocessor (CUDA
+# programming guide, arithmetic throughput).
+V5E_CLOCK = 1.5e9
+CHIPS = {
+    "v5e": (0.82e12, 4096 * V5E_CLOCK),
+    "v6e": (1.64e12, 4096 * 1.75e9),
+    "H100": (3.35e12, 132 * 64 * 1.98e9),
+    "B200": (8.0e12, 148 * 64 * 1.97e9),
+}
 # What an ordinary step does not do. The module, because the package has a function of this name.
 compress_state = importlib.import_module("altgrad_jax.compress_state")
 first_exponents, first_means = compress_state._first_exponents, factored._before
@@ -148,15 +163,36 @@ def compiled(tx, params, gradients, device) -> dict[str, float]:
         "bytes": analysis["bytes accessed"] / weights,
         "operations": analysis["flops"] / weights,
         "kernels": sum(any(f"[{shape}]" in outputs for shape in matrices) for outputs in kernels),
+        "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("ENTRY") :]))) / weights,
     }
+
+
+def roofline(device: jax.Device) -> None:
+    """Picoseconds per weight of a step on one matrix: by bytes, and by operations."""
+    shapes, steps = MODELS["one matrix"], {"optax.adamw": None} | STORED
+    print("| step | bytes | operations | v5e, XLA's estimate | " + " | ".join(CHIPS) + " |")
+    print("|---" * (4 + len(CHIPS)) + "|")
+    for name, stored in steps.items():
+        row = stored_cost(shapes, *stored, device) if stored else cost(shapes, OPTIMIZERS[name], device)
+        times = ((row["bytes"] / bandwidth, row["operations"] / rate) for bandwidth, rate in CHIPS.values())
+        roofs = [f"{1e12 * memory:.1f}, {1e12 * arithmetic:.1f}" for memory, arithmetic in times]
+        estimate = 1e12 * row["cycles"] / V5E_CLOCK
+        print(
+            f"| {name} | {row['bytes']:.1f} | {row['operations']:.0f} | {estimate:.1f} | {' | '.join(roofs)} |",
+            flush=True,
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.add_argument("--topology", default="v5e:2x2", help="v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, ...")
+    parser.add_argument("--roofline", action="store_true", help="times by bytes and by operations")
     arguments = parser.parse_args()
     device = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[0]
+    if arguments.roofline:
+        roofline(device)
+        return
     costs = {
         model: {name: cost(shapes, tx, device) for name, tx in OPTIMIZERS.items()}
         | {
