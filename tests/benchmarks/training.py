@@ -1,8 +1,9 @@
-"""Memory, speed and loss of the largest GPT that trains on one accelerator, with AdamW, the rival, and this library.
+"""Memory, speed and loss of the largest GPT that trains on one device, with AdamW, the rival, and this library.
 
-    python tests/benchmarks/gpu_training.py             # shapes of Llama-2-7B: 32 layers, or the most that fit
-    python tests/benchmarks/gpu_training.py --layers 8  # the same 8 layers every way
-    python tests/benchmarks/gpu_training.py --tiny      # 0.1 million weights, also on a CPU
+    python tests/benchmarks/training.py                   # shapes of Llama-2-7B: 32 layers, or the most that fit
+    python tests/benchmarks/training.py --layers 8        # the same 8 layers every way
+    python tests/benchmarks/training.py --size 25M        # for a CPU: minutes
+    python tests/benchmarks/training.py --size tiny
 
 Each way trains in a process of its own on the sources of Python's standard library, whose bytes are its vocabulary. The
 peak is the allocator's, beside the one that XLA's memory analysis foretells. The number of layers is 32 or less: what
@@ -29,8 +30,11 @@ from llama import BFLOAT16, Llama, whole
 import altgrad_jax as ag
 
 BYTES = 256  # The vocabulary.
-TINY = Llama(64, 128, 4, BYTES, 64, 2, 32)
-FULL = Llama(vocabulary=BYTES)
+SIZES = {  # And the most layers.
+    "tiny": (Llama(64, 128, 4, BYTES, 64, 2, 32), 3),
+    "25M": (Llama(512, 1376, 8, BYTES, 256, 8, 256), 8),
+    "7B": (Llama(vocabulary=BYTES), 32),
+}
 STORED, BF16 = ("float8_e3m4", 0), ("bfloat16", 0)
 WAYS = {
     "optax.adamw, float32": (jnp.float32, optax.adamw, False),
@@ -144,14 +148,14 @@ def fitting(way: str, model: Llama, most: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--layers", type=int, help="default: 32, or the most that fit")
+    parser.add_argument("--layers", type=int, help="default: 32 (25M: 8, tiny: 3), or the most that fit")
     parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=3e-4, help="the learning rate; default: %(default)s")
-    parser.add_argument("--tiny", action="store_true", help="three layers of 64 numbers")
+    parser.add_argument("--size", choices=SIZES, default="7B", help="of a layer; default: %(default)s")
     parser.add_argument("--json", help="file to which the lines go")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    model, most = (TINY, 3) if args.tiny else (FULL, 32)
+    model, most = SIZES[args.size]
     if args.here:
         (way,) = args.ways
         layers = args.layers or fitting(way, model, most)
@@ -162,7 +166,7 @@ def main() -> None:
         layers, line = args.layers, {}
         while not line.get("way"):
             command = [sys.executable, __file__, "--here", "--ways", way, "--steps", str(args.steps)]
-            command += ["--rate", str(args.rate), *(["--tiny"] if args.tiny else [])]
+            command += ["--rate", str(args.rate), "--size", args.size]
             command += ["--layers", str(layers)] if layers else []
             run = subprocess.run(command, capture_output=True, text=True)
             found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
