@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from tasks import TASKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
-MEASURED = ("loss", "bytes", "seconds")
+MEASURED = ("loss", "seconds")
 TUNED = {"b1": (0.8, 0.9), "b2": (0.95, 0.98, 0.995), "warm_up": (0.05, 0.15)}
 DEFAULTS = {"b1": 0.9, "b2": 0.98, "warm_up": 0.05, "end": 0.0, "spike": 1.0}
 TUNING_SIZE, TABLE_SIZE = "60k", "60k"
@@ -62,13 +62,13 @@ class Runner:
         for i in range(0, len(missing), self.lanes):
             part = missing[i : i + self.lanes]
             padded = part + part[-1:] * (self.lanes - len(part))
-            train, size = compiled(task, arm, self.lanes)
+            train = compiled(task, arm, self.lanes)
             begun = time.perf_counter()
             losses = np.asarray(train(*numbers_of(padded)))
             seconds = round((time.perf_counter() - begun) / len(part), 3)
             for run, loss in zip(part, losses.tolist(), strict=False):
                 loss = round(loss, 6) if np.isfinite(loss) else None  # JSON has no NaN.
-                self.store.add(run | {"loss": loss, "bytes": size, "seconds": seconds})
+                self.store.add(run | {"loss": loss, "seconds": seconds})
         found = [self.store.find(run)["loss"] for run in wanted]
         return [np.inf if loss is None else loss for loss in found]
 
@@ -83,7 +83,7 @@ def numbers_of(runs: list[dict]) -> list[jax.Array]:
 def compiled(task: training.Task, arm, lanes: int):
     example, data = [dict.fromkeys(training.HYPERPARAMETERS, 0)] * lanes, task.data()
     program = training.trainer(task, arm).lower(data, *numbers_of(example)).compile()
-    return functools.partial(program, data), training.bytes_per_weight(task, arm)
+    return functools.partial(program, data)
 
 
 def rate(exponent: int) -> float:
@@ -174,7 +174,8 @@ def report(store: harness.Store) -> str:
             runs = own("evaluate", arm.name)
             one = next(iter(runs.values()))
             rate = f"2^{np.log2(one['learning_rate']):.1f}"
-            rows.append([arm.name, f"{one['bytes']:.2f}", rate, mean(runs), written(runs, own("evaluate", "adamw"))])
+            size = f"{training.bytes_per_weight(task, arm):.2f}"
+            rows.append([arm.name, size, rate, mean(runs), written(runs, own("evaluate", "adamw"))])
             rows[-1] += [written(runs, own("evaluate", arm.twin)) if arm.twin else "", str(len(runs))]
             variants = [
                 written(own(role, arm.name), own(role, arm.twin)) if arm.twin else mean(own(role, arm.name))
