@@ -60,10 +60,10 @@ def encode(
     scaled = x * power_of_two(-jnp.asarray(exponent, jnp.int32))
     steps = _fixed_point(magnitude(scaled), format, sticky=word is None)
     if word is not None and rest_bits:
-        steps += (word >> (32 - rest_bits)).astype(jnp.int32)
+        steps += lax.bitcast_convert_type(word >> (32 - rest_bits), jnp.int32)
     elif rest_bits:
         steps += (2 ** (rest_bits - 1) - 1) + ((steps >> rest_bits) & 1)
-    index, undefined = steps >> rest_bits, (bits & ~_SIGN) >= _INFINITY
+    index, undefined = steps >> rest_bits, ~is_finite(x)
     if format.signed:
         index = jnp.where(bits < 0, -index, index)
     else:
@@ -80,20 +80,36 @@ def rest_bits_of(format: FloatFormat) -> int:
 def decode(index: jax.Array, exponent: jax.typing.ArrayLike, format: FloatFormat) -> jax.Array:
     """The numbers at indices, exact, float32; NaN at the index of NaN, 0 below the normal range of float32."""
     index = index.astype(jnp.int32)
-    number = index.astype(jnp.float32) * np.float32(format.smallest_subnormal)
-    if format.exponent_bits:
-        # An index counts the codes of the format: shifted and rebiased it is the code of a float32.
-        steps = jnp.abs(index) if format.signed else index
-        code = (steps + ((format.minexp + 126) << format.mantissa_bits)) << (23 - format.mantissa_bits)
-        normal = lax.bitcast_convert_type(code | (index & _SIGN) if format.signed else code, jnp.float32)
-        number = jnp.where(steps < 2**format.mantissa_bits, number, normal)
     # Scaled in float32: integer operations with a scale per row keep XLA from making one kernel of a step on a TPU.
-    return jnp.where(index == nan_index(format), jnp.nan, number * power_of_two(exponent))
+    return jnp.where(index == nan_index(format), jnp.nan, number_at(index, format) * power_of_two(exponent))
+
+
+def number_at(index: jax.Array, format: FloatFormat) -> jax.Array:
+    """`decode` of int32 indices under the exponent 0, except that the index of NaN gives some number."""
+    if not format.exponent_bits:
+        return index.astype(jnp.float32) * np.float32(format.smallest_subnormal)
+    # An index counts the codes of the format: shifted and rebiased it is the code of a float32.
+    steps = jnp.abs(index) if format.signed else index
+    code = (steps + ((format.minexp + 126) << format.mantissa_bits)) << (23 - format.mantissa_bits)
+    number, sign = lax.bitcast_convert_type(code, jnp.float32), index & _SIGN
+    if format.minexp - format.mantissa_bits < -126:
+        number = jnp.where(steps < 2**format.mantissa_bits, steps * np.float32(format.smallest_subnormal), number)
+    else:
+        # Below the smallest normal number n = c / 2 + value / 2, and above it n < 2 n - c.
+        number = jnp.minimum(number, number + (number - np.float32(2.0**format.minexp)))
+    if not format.signed:
+        return number
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(number, jnp.int32) | sign, jnp.float32)
 
 
 def magnitude(x: jax.Array) -> jax.Array:
     """Bits of |x|, int32, in the order of |x|; x is float32."""
     return lax.bitcast_convert_type(x, jnp.int32) & ~_SIGN
+
+
+def is_finite(x: jax.Array) -> jax.Array:
+    """By the comparison that `encode` makes too: one operation for both."""
+    return magnitude(x) < _INFINITY
 
 
 def narrowed(x: jax.Array) -> jax.Array:

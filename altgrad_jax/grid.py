@@ -136,10 +136,17 @@ def _nextafter(x: jax.Array, toward: jax.Array, format: FloatFormat) -> jax.Arra
 @compiled
 def ulp(x: jax.Array, format: FloatFormat) -> jax.Array:
     """`spacing`, for float32 or float64 x."""
+    return jnp.where(jnp.isnan(x), x, ulp_of_number(x, format))
+
+
+@compiled
+def ulp_of_number(x: jax.Array, format: FloatFormat) -> jax.Array:
+    """`ulp`, except that NaN has that of the largest numbers."""
     lowest, top = (x.dtype.type(2.0**exponent) for exponent in (format.minexp, format.maxexp - 1))
     # In this order: the binade of a uniform format lies above its largest number.
     spacing = jnp.maximum(jnp.minimum(leading(x), top), lowest) * x.dtype.type(format.eps)
-    return jnp.where(jnp.isnan(x), x, jnp.maximum(spacing, jnp.finfo(x.dtype).tiny))
+    tiny = jnp.finfo(x.dtype).tiny
+    return spacing if 2.0**format.minexp * format.eps >= tiny else jnp.maximum(spacing, tiny)
 
 
 @compiled

@@ -14,9 +14,9 @@ from jax import Array
 
 from altgrad_jax._checks import check_number
 from altgrad_jax._floats import as_real, power_of_two
-from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, magnitude
+from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, is_finite, magnitude, number_at
 from altgrad_jax.formats import FloatFormat
-from altgrad_jax.grid import ulp
+from altgrad_jax.grid import ulp, ulp_of_number
 from altgrad_jax.grid_array import (
     GridArray,
     checked_params,
@@ -208,18 +208,18 @@ def _with_momentum(_, take, share, param, u, exponent, carried, key):
     owed = carried
     if stored:  # Bounded, because the two exponents may be unrelated.
         change = jnp.clip(carried.exponent.astype(jnp.int32) - exponent.astype(jnp.int32), -126, 90)
-        owed = decode(carried.index, 0, carried.format) * power_of_two(change)
+        owed = decode(carried.index, change, carried.format)
     index = jnp.zeros(param.shape, jnp.int32)
 
     def rounded(target, near):
         nonlocal index
         # From a little above a half: an element that owes half a step rests, and does not go to and fro.
         index = encode(target, 0, param.grid, jnp.where(near, jnp.uint32((1 << 31) - (1 << 10)), word))
-        return decode(index, 0, param.grid)
+        return number_at(index, param.grid)  # What is owed is not finite where the target is not.
 
-    target, expected, owed = moved(before, u, owed, ulp(before, param.grid), rounded, take, share)
+    target, expected, owed = moved(before, u, owed, ulp_of_number(before, param.grid), rounded, take, share)
     reach = jnp.maximum(magnitude(target), magnitude(expected * 2.0**_BELOW))
-    reach = jnp.where(jnp.isfinite(target), reach, 0)
+    reach = jnp.where(is_finite(target), reach, 0)
     indices = [(index, param.index.dtype)]
     if stored:
         indices += [(encode(owed, 0, carried.format, second_word(word)), carried.index.dtype)]
@@ -238,7 +238,7 @@ def _without_momentum(param, u, exponent, key):
     # second kernel, 31 bytes per weight instead of 22. A row that saturates grows by two binades per step.
     saturated = jnp.abs(param.index.astype(jnp.int32)) == param.grid.max_index
     reach = magnitude(before) + jnp.where(saturated, 2 << 23, 0)
-    reach = jnp.where(jnp.isfinite(before), reach, 0)
+    reach = jnp.where(is_finite(before), reach, 0)
     (index,), level = with_level([(index, param.index.dtype)], reach, exponent.shape, param.format)
     # By one binade at a time: a row that leaves zero doubles with its second movement, and would saturate.
     return _update(param, index, exponent, level, shrinkage=1)
@@ -249,8 +249,9 @@ def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array
 
     In these units a step has only constants: a TPU kernel takes few operands, and every scale per row is one.
     """
-    unit = power_of_two(-exponent.astype(jnp.int32))
-    return param.value(jnp.float32, full=True) * unit, as_real(u).astype(jnp.float32) * unit
+    exponent = exponent.astype(jnp.int32)
+    change = jnp.clip(param.exponent.astype(jnp.int32) - exponent, -126, 126)
+    return decode(param.index, change, param.grid), as_real(u).astype(jnp.float32) * power_of_two(-exponent)
 
 
 def _update(param: GridArray, index: Array, exponent: Array, level: Array, shrinkage: int) -> tuple[GridArray, Array]:
