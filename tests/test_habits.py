@@ -1,4 +1,4 @@
-"""Every line of docs/habits.md: what to do with stored parameters, and what happens where something else is done."""
+"""Every line of docs/guides/habits.md: what to do with stored parameters, and what happens where it is not done."""
 
 import pathlib
 
