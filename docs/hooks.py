@@ -34,9 +34,12 @@ def to_markdown(notebook):
     return "\n\n".join(parts) + "\n"
 
 
-class Examples(griffe.Extension):
-    """Docstrings say "Example:", and only "Examples:" is a section of code for Griffe."""
+class Docstrings(griffe.Extension):
+    """Docstrings say "Example:", where Griffe wants "Examples:", and 2**8, which Markdown would take for bold."""
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            text = re.sub(r"^(\s*)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            code = r"`[^`]*`|^ *(?:>>>|\.\.\.).*$"
+            escaped = re.sub(rf"({code})|(\d)\*\*", lambda m: m[1] or m[2] + r"\*\*", text, flags=re.MULTILINE)
+            obj.docstring.value = escaped

@@ -10,6 +10,8 @@ import json
 import pathlib
 import re
 
+from test_imports import FLOORS, PACKAGE, imported
+
 import altgrad_jax as ag
 from altgrad_jax import formats
 
@@ -73,10 +75,12 @@ def public() -> dict[str, object]:
     }
 
 
-def entries(section: str) -> list[str]:
-    """The full names that a page of the API describes, in its order."""
+def entries(section: str) -> dict[str, str]:
+    """The full names that a page of the API describes, in its order, and what the page calls them."""
     found = re.findall(r"^::: (altgrad_jax\.[\w.]+)$", (DOCS / "api" / f"{section}.md").read_text(), re.MULTILINE)
-    return [name for name in found if name in public()]
+    # A function may have the name of its module, which Griffe takes for the module.
+    names = {re.sub(r"\.(\w+)\.\1$", r".\1", name): name for name in found}
+    return {name: entry for name, entry in names.items() if name in public()}
 
 
 def api_tables() -> str:
@@ -84,8 +88,8 @@ def api_tables() -> str:
     parts, known = [], public()
     for section, title in SECTIONS.items():
         rows = [
-            (f"[`{name.rpartition('.')[2]}`]({section}.md#{name})", inspect.getdoc(known[name]).splitlines()[0])
-            for name in entries(section)
+            (f"[`{name.rpartition('.')[2]}`]({section}.md#{entry})", inspect.getdoc(known[name]).splitlines()[0])
+            for name, entry in entries(section).items()
         ]
         parts.append(f"## {title}\n\n{table(('name', 'what it is'), *rows)}")
     return "\n".join(parts)
@@ -95,44 +99,38 @@ def api_tables() -> str:
 
 
 def floors_picture() -> str:
-    """Modules on their floors, and a line from each to the ones below that it imports, and that no other one does."""
-    from test_imports import FLOORS, PACKAGE, imported
-
-    width, height, gap, left = 122, 30, 58, 70
-    floors = [[m for m in FLOORS if FLOORS[m] == i] for i in range(max(FLOORS.values()) + 1)]
-    widest = max(map(len, floors))
-    place = {}
-    for i, modules in enumerate(floors):
-        for k, module in enumerate(modules):
-            x = left + (k + (widest - len(modules)) / 2) * (width + 14)
-            place[module] = x, 10 + (len(floors) - 1 - i) * (height + gap)
-    below = {
-        m: {n.split(".")[1] for n in imported(PACKAGE / f"{m}.py") if n.startswith("altgrad_jax.")} for m in FLOORS
-    }
-    reached = {}
+    """Modules on their floors, and a line from each to those that it imports and that none of these imports."""
+    wide, high, gap, left = 92, 28, 52, 52
+    below, reached, place = {}, {}, {}
     for module in sorted(FLOORS, key=FLOORS.get):
-        reached[module] = below[module].union(*(reached[m] for m in below[module]))
+        names = imported(PACKAGE / f"{module}.py")
+        direct = {name.split(".")[1] for name in names if name.startswith("altgrad_jax.")}
+        reached[module] = direct.union(*(reached[name] for name in direct))
+        below[module] = sorted(direct - set().union(*(reached[name] for name in direct)))
+    floors = [[module for module in FLOORS if FLOORS[module] == i] for i in range(max(FLOORS.values()) + 1)]
+    widest = max(map(len, floors))
+    for i, modules in enumerate(floors):
+        modules.sort(key=lambda module: sum(place[name][0] for name in below[module]) / max(1, len(below[module])))
+        for k, module in enumerate(modules):
+            x = left + (k + (widest - len(modules)) / 2) * (wide + 6)
+            place[module] = x, 8 + (len(floors) - 1 - i) * (high + gap)
     lines, boxes, labels = [], [], []
     for module, (x, y) in place.items():
-        for lower in sorted(below[module]):
-            if not any(lower in reached[m] for m in below[module] - {lower}):
-                u, v = place[lower]
-                lines.append(f'<path d="M{x + width / 2:g} {y + height} L{u + width / 2:g} {v}"/>')
-        boxes.append(f'<rect x="{x:g}" y="{y}" width="{width}" height="{height}" rx="4"/>')
-        labels.append(f'<text x="{x + width / 2:g}" y="{y + 20}">{module}</text>')
-    for i in range(len(floors)):
-        labels.append(f'<text x="28" y="{30 + (len(floors) - 1 - i) * (height + gap)}">floor {i}</text>')
-    size = f"{left + widest * (width + 14):g} {len(floors) * (height + gap) - gap + 20}"
-    wide, high = size.split()
+        for u, v in (place[name] for name in below[module]):
+            lines.append(f'<path d="M{x + wide / 2:g} {y + high} L{u + wide / 2:g} {v}"/>')
+        boxes.append(f'<rect x="{x:g}" y="{y}" width="{wide}" height="{high}" rx="4"/>')
+        labels.append(f'<text x="{x + wide / 2:g}" y="{y + 18}">{module}</text>')
+    labels += [f'<text x="24" y="{place[modules[0]][1] + 18}">floor {i}</text>' for i, modules in enumerate(floors)]
+    size = f'width="{left + widest * (wide + 6)}" height="{len(floors) * (high + gap) - gap + 16}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" viewBox="0 0 {size}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
             '<rect width="100%" height="100%" rx="6" fill="#fff"/>',
             '<g stroke="#9fa8da" fill="none">',
             *lines,
             '</g>\n<g stroke="#3f51b5" fill="#e8eaf6">',
             *boxes,
-            '</g>\n<g font-family="sans-serif" font-size="13" text-anchor="middle" fill="#222">',
+            '</g>\n<g font-family="sans-serif" font-size="11" text-anchor="middle" fill="#222">',
             *labels,
             "</g>\n</svg>\n",
         ]

@@ -50,8 +50,10 @@ def test_what_is_made_from_the_library_is_current(path):
 
 
 def test_every_public_name_has_one_entry():
-    described = [name for section in pages.SECTIONS for name in pages.entries(section)]
-    assert sorted(described) == sorted(pages.public())
+    described = [item for section in pages.SECTIONS for item in pages.entries(section).items()]
+    assert sorted(name for name, _ in described) == sorted(pages.public())
+    modules = [entry for _, entry in described if (ROOT / f"{entry.replace('.', '/')}.py").exists()]
+    assert not modules, "entries of modules in the place of functions"
 
 
 def test_the_notebook_prints_what_it_shows():
