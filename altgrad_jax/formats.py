@@ -20,8 +20,10 @@ class FloatFormat:
 
     Attributes:
         name: Name of the format; formats that differ only in name are different.
-        exponent_bits, mantissa_bits, bias: Integers (else a TypeError), the widths >= 0 (else a ValueError); without
-            exponent bits the grid is uniform and has no normal numbers.
+        exponent_bits: An integer (else a TypeError) >= 0 (else a ValueError); at 0 the grid is uniform, and no
+            number of it is normal.
+        mantissa_bits: The same; at 0 all positive numbers are powers of two.
+        bias: An integer; see `minexp`.
         max: The largest finite value; a ValueError if it is not a value of the format, or if a value is not a float64.
         signed: Whether there are negative numbers.
 

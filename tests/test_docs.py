@@ -1,19 +1,17 @@
-"""Every Python block of README.md and docs/*.md runs, in the order of its page, and prints what the page shows."""
+"""Every Python block of README.md and docs runs, in the order of its page, and prints what the page shows."""
 
 import doctest
-import inspect
-import pathlib
+import json
 import re
 
+import pages
 import pytest
+from pages import ROOT
 
-import altgrad_jax as ag
-
-ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, names = page.read_text(), {}
@@ -29,7 +27,7 @@ def test_blocks(page, tmp_path, monkeypatch):
         assert not report, "".join(report)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_files(page):
     """Links within the repository, and files that commands and texts name, exist."""
     text = page.read_text()
@@ -45,12 +43,37 @@ def test_readme_is_short():
     assert len(re.sub(r"\]\([^)]*\)", "]", text).split()) <= 700
 
 
-def test_every_public_name_is_listed():
-    """With the first line of its docstring."""
-    page = (ROOT / "docs" / "api.md").read_text()
-    functions = inspect.getmembers(ag.diagnostics, inspect.isfunction)
-    named = {name: getattr(ag, name) for name in ag.__all__ if name != "diagnostics"} | {
-        name: f for name, f in functions if f.__module__ == ag.diagnostics.__name__ and not name.startswith("_")
-    }
-    lines = {f"| `{name}` | {inspect.getdoc(thing).splitlines()[0]} |" for name, thing in named.items()}
-    assert {line for line in page.splitlines() if line.startswith("| `")} == lines
+@pytest.mark.parametrize("path", pages.made(), ids=lambda path: path.name)
+def test_what_is_made_from_the_library_is_current(path):
+    """Else run `python tests/pages.py`."""
+    assert path.read_text() == pages.made()[path]
+
+
+def test_every_public_name_has_one_entry():
+    described = [item for section in pages.SECTIONS for item in pages.entries(section).items()]
+    assert sorted(name for name, _ in described) == sorted(pages.public())
+    modules = [entry for _, entry in described if (ROOT / f"{entry.replace('.', '/')}.py").exists()]
+    assert not modules, "entries of modules in the place of functions"
+
+
+def test_the_notebook_prints_what_it_shows():
+    """Except for digits, which differ from machine to machine."""
+
+    def shown(notebook):
+        cells = json.loads(notebook)["cells"]
+        printed = ["".join(line for output in cell.get("outputs", ()) for line in output["text"]) for cell in cells]
+        return [re.sub(r"[-\d.]+", "#", text).split() for text in printed]
+
+    assert shown(pages.run_notebook()) == shown(pages.NOTEBOOK.read_text())
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    names = [str(page.relative_to(ROOT / "docs")) for page in PAGES[1:]]
+    assert not [name for name in names if f" {name}\n" not in text]
+
+
+def test_every_test_file_keeps_a_promise():
+    """The page of promises names each of them."""
+    text = (pages.DOCS / "development" / "promises.md").read_text()
+    assert not [path.name for path in ROOT.glob("tests/test_*.py") if f"`{path.name}`" not in text]

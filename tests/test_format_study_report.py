@@ -154,7 +154,7 @@ def page(study, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["report.py", str(path), "--out", str(tmp_path / "out")])
         study.report.main()
         assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.md'}\n"
-        assert (tmp_path / "out" / "summary.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "out" / "format_study.png").read_bytes().startswith(b"\x89PNG")
         return tuple((tmp_path / "out" / name).read_text("utf-8") for name in ("report.html", "report.md"))
 
     return make
@@ -390,7 +390,7 @@ class TestPage:
             if name in ("src", "href"):
                 assert value.startswith(("data:", "#"))
         assert "://" not in re.sub(r"base64,[\w+/=]+", "", html_page)
-        assert re.findall(r"!\[.*\]\((.*)\)", markdown) == ["summary.png"]
+        assert re.findall(r"!\[.*\]\((.*)\)", markdown) == ["format_study.png"]
 
     def test_escapes_what_lines_say(self, page):
         lines = make_lines()

@@ -1,4 +1,4 @@
-"""Every line of docs/habits.md: what to do with stored parameters, and what happens where something else is done."""
+"""Every line of docs/guides/habits.md: what to do with stored parameters, and what happens where it is not done."""
 
 import pathlib
 
@@ -31,7 +31,7 @@ def stepped(tx, params=PARAMS, steps=2, gradients=GRADIENTS):
 
 
 def test_every_line_of_the_table_is_here():
-    table = pathlib.Path(__file__).parents[1].joinpath("docs", "habits.md").read_text()
+    table = pathlib.Path(__file__).parents[1].joinpath("docs", "guides", "habits.md").read_text()
     lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
     tests = [name.removeprefix("test_").replace("_", " ") for name in vars(TestInstead) if name.startswith("test_")]
     short = lambda line: line.removeprefix("a ").removeprefix("an ").removeprefix("the ").lower()  # noqa: E731

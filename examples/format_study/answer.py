@@ -22,7 +22,7 @@ def answer(study: Study) -> Section:
     formats = set(study.formats())
     signs = {arm: study.sign(arm) for arm, gain in study.gains.items() if arm.format in formats and gain.seeds}
     blocks = [progress(study)] if verdicts.missing(study) else []
-    picture = Picture(_map_caption(study), figures.gain_map(study), "summary.png")
+    picture = Picture(_map_caption(study), figures.gain_map(study), "format_study.png")
     if not signs:
         return Section("Answer", [*blocks, "No arm has been compared with AdamW yet.", picture])
     best = max(signs, key=lambda arm: study.gains[arm].sample.mean)

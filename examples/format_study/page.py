@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html
+import posixpath
 import re
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ class Table:
 class Picture:
     caption: str
     png: bytes
-    file: str | None = None  # Name next to the page, for Markdown, which leaves other pictures out.
+    file: str | None = None  # Its name, for Markdown, which leaves other pictures out.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +70,14 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
     return "\n".join([*parts, "</body>\n</html>\n"])
 
 
-def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The same, without most pictures and the longest tables; sections that only introduce those are left out."""
+def to_markdown(title: str, sections: Sequence[Section], pictures: str = ".") -> str:
+    """The same, without most pictures and the longest tables; sections that only introduce those are left out.
+
+    `pictures` is the folder of the others, as seen from the page.
+    """
     parts = [f"# {title}"]
     for section in sections:
-        texts = [_markdown_block(_shown(block)) for block in section.blocks]
+        texts = [_markdown_block(_shown(block), pictures) for block in section.blocks]
         figures = [text for text, block in zip(texts, section.blocks, strict=True) if not isinstance(block, str)]
         if any(figures) or not figures:
             parts += [f"## {section.title}", *filter(None, texts)]
@@ -111,9 +115,9 @@ def _inline(text: str) -> str:
     return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
 
 
-def _markdown_block(block: str | Table | Picture) -> str:
+def _markdown_block(block: str | Table | Picture, pictures: str) -> str:
     if isinstance(block, Picture):
-        return f"![{block.caption}]({block.file})" if block.file else ""
+        return f"![{block.caption}]({posixpath.normpath(posixpath.join(pictures, block.file))})" if block.file else ""
     if isinstance(block, str):
         return block
     if not block.in_markdown:

@@ -1,15 +1,17 @@
 """HTML page, Markdown summary and a picture of what a study has found so far.
 
-    $ python examples/format_study/report.py                          # of results/study.jsonl, next to it
+    $ python examples/format_study/report.py                          # of results/study.jsonl
     $ python examples/format_study/report.py out/quick_study.jsonl    # of `study.py --quick`
 
-Needs nothing but the JSONL file, which may be incomplete: the page says what is missing.
+Needs nothing but the JSONL file, which may be incomplete: the page says what is missing. Page and summary go next to
+the file, and so does the picture, except that of results/study.jsonl, which goes to docs/images.
 """
 
 import argparse
 import collections
 import dataclasses
 import itertools
+import os
 import pathlib
 
 import figures
@@ -24,6 +26,7 @@ from verdicts import interval_text, listed
 import altgrad_jax as ag
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "study.jsonl"
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "images"
 TITLE = "Which 8-bit format gains most from updates that know its geometry?"
 ARM = ("task", "storage", "format", "optimizer")
 
@@ -282,13 +285,15 @@ def main() -> None:
         report = sections(read(args.results))
         folder = args.out or args.results.parent
         folder.mkdir(parents=True, exist_ok=True)
+        pictures = folder if args.out or args.results != RESULTS else DOCS
     except (OSError, ValueError) as error:
         parser.error(str(error))
     (folder / "report.html").write_text(to_html(TITLE, report), "utf-8")
-    (folder / "report.md").write_text(to_markdown(TITLE, report), "utf-8")
+    seen_from_page = pathlib.PurePath(os.path.relpath(pictures, folder)).as_posix()
+    (folder / "report.md").write_text(to_markdown(TITLE, report, seen_from_page), "utf-8")
     for block in itertools.chain.from_iterable(section.blocks for section in report):
         if isinstance(block, Picture) and block.file:
-            (folder / block.file).write_bytes(block.png)
+            (pictures / block.file).write_bytes(block.png)
     print(folder / "report.md")
 
 

@@ -4,7 +4,7 @@
     python examples/studies/quality.py table              # all arms, and other settings, on 60 thousand weights
     python examples/studies/quality.py line               # eight arms on 7 thousand to 1 million weights
     python examples/studies/quality.py line --sizes 4M    # larger ones, on an accelerator
-    python examples/studies/quality.py report             # tables and picture of what is there
+    python examples/studies/quality.py report             # tables, and docs/images/quality.png, of what is there
     python examples/studies/quality.py table --quick      # three arms of a tiny model, in a temporary folder
 
 Every arm takes its own best learning rate of the powers of sqrt(2), chosen with seeds that evaluate nothing; then fresh
@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from tasks import TASKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
+PICTURE = pathlib.Path(__file__).parents[2] / "docs" / "images" / "quality.png"
 MEASURED = ("loss", "seconds")
 TUNED = {"b1": (0.8, 0.9), "b2": (0.95, 0.98, 0.995), "warm_up": (0.05, 0.15)}
 DEFAULTS = {"b1": 0.9, "b2": 0.98, "warm_up": 0.05, "end": 0.0, "spike": 1.0}
@@ -271,7 +272,7 @@ def main() -> None:
             store = harness.Store(args.out, MEASURED)
     page = report(store)
     args.out.with_suffix(".md").write_text(page)
-    draw(store, args.out.with_suffix(".png"))
+    draw(store, PICTURE if args.out == RESULTS else args.out.with_suffix(".png"))
     print(page)
 
 

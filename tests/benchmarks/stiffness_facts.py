@@ -1,4 +1,4 @@
-"""What a stiffness does before Adam and after it: the numbers of the README.
+"""What a stiffness does before Adam and after it: the numbers of docs/manifold-adamw.md.
 
     python tests/benchmarks/stiffness_facts.py
 
