@@ -1,5 +1,7 @@
 """Named chains, and gradients of stored parameters, in the strict modes of JAX."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,10 +84,12 @@ class TestModes:
         assert_near(ours[0], expected[0])
 
     @pytest.mark.parametrize("spec", some([jax.P("x"), jax.P(None, "x")], lambda spec: len(spec) > 1))
-    def test_explicit_mesh(self, name, spec):
+    @pytest.mark.parametrize("context", some([jax.set_mesh, contextlib.nullcontext], lambda c: c is not jax.set_mesh))
+    def test_explicit_mesh(self, name, spec, context):
+        """As jax.make_mesh makes it, also where nobody sets it."""
         expected = trained(name)
         mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
-        with jax.set_mesh(mesh):
+        with context(mesh):
             floats = {
                 "kernel": jax.device_put(FLOATS["kernel"], jax.NamedSharding(mesh, spec)),
                 "bias": jax.device_put(FLOATS["bias"], jax.NamedSharding(mesh, jax.P())),
