@@ -249,9 +249,8 @@ def _in_units(param: GridArray, u: Array, exponent: Array) -> tuple[Array, Array
 
     In these units a step has only constants: a TPU kernel takes few operands, and every scale per row is one.
     """
-    exponent = exponent.astype(jnp.int32)
-    change = jnp.clip(param.exponent.astype(jnp.int32) - exponent, -126, 126)
-    return decode(param.index, change, param.grid), as_real(u).astype(jnp.float32) * power_of_two(-exponent)
+    unit = power_of_two(-exponent.astype(jnp.int32))
+    return param.value(jnp.float32, full=True) * unit, as_real(u).astype(jnp.float32) * unit
 
 
 def _update(param: GridArray, index: Array, exponent: Array, level: Array, shrinkage: int) -> tuple[GridArray, Array]:
