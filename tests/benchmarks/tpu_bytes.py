@@ -6,22 +6,22 @@ Needs no TPU: `pip install -e ".[tpu]"`, then
     python tests/benchmarks/tpu_bytes.py --roofline
 
     one matrix  optax.adamw                      28.00 bytes,  15.0 operations per weight,  1 kernels
-    one matrix  manifold_adamw                   36.00 bytes,  63.0 operations per weight,  1 kernels
-    one matrix  manifold_adamw(format)           36.00 bytes,  49.0 operations per weight,  1 kernels
-    one matrix  without the tracker              28.00 bytes,  35.0 operations per weight,  1 kernels
-    one matrix  on_grid(optax.adamw)             22.01 bytes,  70.0 operations per weight,  1 kernels
-    one matrix  on_grid(momentum)                 6.01 bytes, 126.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, f32 second moment    25.01 bytes, 193.0 operations per weight,  2 kernels
-    one matrix  grid_adamw, 8bit                  8.02 bytes, 190.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 8bit, a schedule      8.02 bytes, 190.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 8bit, f32 gradients  19.02 bytes, 246.0 operations per weight,  2 kernels
-    one matrix  grid_adamw, 8bit, 2-byte weight   8.01 bytes, 124.0 operations per weight,  1 kernels
-    one matrix  grid_adamw                        8.02 bytes, 140.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, a schedule            8.02 bytes, 140.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, float32 gradients    12.03 bytes, 138.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 2-byte weight         8.02 bytes,  74.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, 8bit, vmap of 4      10.01 bytes, 208.0 operations per weight,  1 kernels
-    one matrix  grid_adamw, vmap of 4            12.04 bytes, 159.0 operations per weight,  1 kernels
+    one matrix  manifold_adamw                   36.00 bytes,  57.0 operations per weight,  1 kernels
+    one matrix  manifold_adamw(format)           36.00 bytes,  43.0 operations per weight,  1 kernels
+    one matrix  without the tracker              28.00 bytes,  32.0 operations per weight,  1 kernels
+    one matrix  on_grid(optax.adamw)             22.01 bytes,  64.0 operations per weight,  1 kernels
+    one matrix  on_grid(momentum)                 6.01 bytes, 105.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, f32 second moment    25.01 bytes, 162.0 operations per weight,  2 kernels
+    one matrix  grid_adamw, 8bit                  8.02 bytes, 164.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, a schedule      8.02 bytes, 164.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, f32 gradients  19.02 bytes, 210.0 operations per weight,  2 kernels
+    one matrix  grid_adamw, 8bit, 2-byte weight   8.01 bytes, 113.0 operations per weight,  1 kernels
+    one matrix  grid_adamw                        8.02 bytes, 119.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, a schedule            8.02 bytes, 119.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, float32 gradients    12.03 bytes, 117.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 2-byte weight         8.02 bytes,  68.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, 8bit, vmap of 4      10.02 bytes, 180.0 operations per weight,  1 kernels
+    one matrix  grid_adamw, vmap of 4            12.04 bytes, 137.0 operations per weight,  1 kernels
 
 and the same for 40 leaves, which takes minutes. The rows of `vmap` are over four layers of 8192 x 8192; a conditional
 becomes a choice of two results there.
@@ -30,11 +30,11 @@ The step is `tx.update` and `optax.apply_updates`, jitted, with parameters and s
 in the rows of `grid_adamw` and of the momentum alone bfloat16 unless they say otherwise. The floor is one read of
 gradients, parameters and state and one write of the latter two, and for a factored second moment, the default of
 `grid_adamw`, a second read of the gradients. The step is an ordinary one: the conditional that gives moments their
-first exponents and means, which the compiler would count as if it were always taken, is left out. On many leaves XLA
-also prefetches, which counts, and merges leaves of one shape that draw random words. A momentum beside a float32 second
-moment takes two kernels, and so does one beside 8-bit second moments and float32 gradients. The number of
-operands of a kernel decides: one more array, scale per row or scalar that the compiler does not know can turn a step
-into three kernels.
+first exponents and means, which the compiler would count as if it were always taken, is left out. An operation that
+reads the same bits as another type counts as none. On many leaves XLA also prefetches, which counts, and merges leaves
+of one shape that draw random words. A momentum beside a float32 second moment takes two kernels, and so does one beside
+8-bit second moments and float32 gradients. The number of operands of a kernel decides: one more array, scale per row or
+scalar that the compiler does not know can turn a step into three kernels.
 
 The roofline has picoseconds per weight by bytes and by operations, for the chips of `CHIPS`, and what XLA's cost model
 estimates for the program of the v5e. GPUs are given the same bytes and operations: they have another compiler.
