@@ -272,6 +272,7 @@ def main() -> None:
     args.out.with_suffix(".md").write_text(page)
     draw(store, args.out.with_suffix(".png"))
     print(page)
+    print(f"picture: {args.out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
