@@ -1,7 +1,8 @@
-"""What all examples share: `--help` explains and does nothing else."""
+"""What all examples share: `--help` explains and does nothing else. And two processes have the bits of one."""
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,3 +23,25 @@ def test_help(path, tmp_path):
     assert len(process.stdout.splitlines()) > 5
     assert not process.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_bits_of_one():
+    """With two devices: the fingerprints that three runs print."""
+    port = str(20000 + os.getpid() % 20000)
+    command = [sys.executable, ROOT / "examples" / "two_processes.py", "--steps", "5", "--port", port]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    runs = [
+        subprocess.Popen(
+            [*command, process], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        )
+        for process in ("0", "1", "alone")
+    ]
+    try:
+        outputs = [run.communicate(timeout=240) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert all(run.returncode == 0 for run in runs), [errors[-2000:] for _, errors in outputs]
+    first, second, alone = (re.findall(r"\b[0-9a-f]{8}\b", printed) for printed, _ in outputs)
+    assert {*first, *second} == {alone[2]}  # Of two bytes over two devices.
