@@ -30,10 +30,12 @@ import numpy as np
 import optax
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+from tqdm import tqdm
 
 import altgrad_jax as ag
 import altgrad_jax.flax_support
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 CONTEXT, EMBEDDING, HIDDEN, BATCH, STEPS = 8, 16, 128, 256, 300
 characters, text = np.unique(list("\n".join(sorted(pydoc_data.topics.topics.values()))), return_inverse=True)
 windows = np.lib.stride_tricks.sliding_window_view(text.astype(np.int32), CONTEXT + 1)
@@ -110,7 +112,6 @@ def with_nnx(tx: optax.GradientTransformation, store) -> tuple[jax.Array, tuple]
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     adamw, lion, sgd, muon = (
         optax.adamw(0.01),
         optax.lion(0.003),
@@ -120,9 +121,9 @@ def main() -> None:
     masked = optax.adamw(0.01, weight_decay=0.01, mask=lambda params: jax.tree.map_with_path(is_kernel, params))
     combined = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), masked), max_consecutive_errors=5)
     halved = optax.MultiSteps(adamw, every_k_schedule=2).gradient_transformation()
-    print("compiling; seven trainings in float32 and seven on the grid, 300 steps each")
+    print(f"compiling; seven trainings in float32 and seven on the grid, {STEPS} steps each")
     print("optimizer          trained      loss, float32   loss, grid   bytes per weight   seconds")
-    for name, train, inner, tx, fraction_bits in (
+    trainings = (
         ("adamw, 1 byte", with_linen, adamw, ag.grid_adamw(0.01), 0),
         ("adamw, 1 byte", with_nnx, adamw, ag.grid_adamw(0.01), 0),
         ("lion, 2 bytes", with_nnx, lion, ag.compress_state(ag.on_grid(lion)), 8),
@@ -130,14 +131,15 @@ def main() -> None:
         ("muon, 2 bytes", with_linen, muon, ag.compress_state(ag.on_grid(muon)), 8),
         ("combined, 2 bytes", with_linen, combined, ag.compress_state(ag.on_grid(combined)), 8),
         ("halved, 2 bytes", with_linen, halved, ag.compress_state(ag.on_grid(halved)), 8),
-    ):
+    )
+    for name, train, inner, tx, fraction_bits in tqdm(trainings, desc="compiling, training", unit="row", leave=False):
         float32_loss, _ = train(inner, lambda params: params)
         store = functools.partial(ag.to_grid, fraction_bits=fraction_bits, where=is_kernel)
         start = time.perf_counter()
         loss, kept = jax.block_until_ready(train(tx, store))
         seconds = time.perf_counter() - start
         size = sum(leaf.nbytes for path, leaf in jax.tree.leaves_with_path(kept) if is_kernel(path)) / KERNEL_WEIGHTS
-        print(f"{name:19}{train.__name__:13}{float32_loss:13.3f}{loss:13.3f}{size:19.2f}{seconds:10.1f}", flush=True)
+        tqdm.write(f"{name:19}{train.__name__:13}{float32_loss:13.3f}{loss:13.3f}{size:19.2f}{seconds:10.1f}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
+from tqdm import tqdm
 
 import altgrad_jax as ag
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 x = jax.random.normal(jax.random.key(0), (256, 4))
 y = jnp.sin(x.sum(axis=1, keepdims=True))
 model = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(1)])
@@ -38,19 +40,12 @@ def train_step(state):
     return state.apply_gradients(grads=grads), loss
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("compiling; 500 steps")
-    trained = state
-    losses = []
+losses = []
+with tqdm(total=500, desc="compiling", unit="step", leave=False) as bar:
     for _ in range(500):
-        trained, loss = train_step(trained)
+        state, loss = train_step(state)
         losses.append(float(loss))
-    ulps = np.concatenate(
-        [np.ravel(leaf) for leaf in jax.tree.leaves(optax.tree.get(trained.opt_state, "ulp_position"))]
-    )
-    print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, median |ULP position| {np.median(np.abs(ulps)):.0e}")
-
-
-if __name__ == "__main__":
-    main()
+        bar.set_description(f"loss {loss:.4f}", refresh=False)
+        bar.update()
+ulps = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(optax.tree.get(state.opt_state, "ulp_position"))])
+print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, median |ULP position| {np.median(np.abs(ulps)):.0e}")

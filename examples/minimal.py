@@ -25,6 +25,7 @@ import optax
 
 import altgrad_jax as ag
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 characters, text = np.unique(list("".join(sorted(pydoc_data.topics.topics.values()))), return_inverse=True)
 windows = np.random.default_rng(0).permutation(np.lib.stride_tricks.sliding_window_view(text, 9))
 shapes = {"embedding": (len(characters), 16), "kernel_in": (128, 256), "kernel_out": (256, len(characters))}
@@ -41,14 +42,12 @@ def loss_fn(params, windows):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["kernel_out"], windows[:, 8]).mean()
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("compiling; 1000 steps")
-    gradient, update, state = jax.jit(value_and_grad(loss_fn)), jax.jit(tx.update), tx.init(params)
-    for step, batch in enumerate(windows[:256_000].reshape(1000, 256, 9), start=1):
-        loss, grads = gradient(params, batch)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        if step % 250 == 0:
-            print(f"step {step}: validation loss {loss_fn(params, windows[-4096:]):.3f}")
-    print(ag.diagnostics.storage(params))
+print("compiling; 1000 steps")
+gradient, update, state = jax.jit(value_and_grad(loss_fn)), jax.jit(tx.update), tx.init(params)
+for step, batch in enumerate(windows[:256_000].reshape(1000, 256, 9), start=1):
+    loss, grads = gradient(params, batch)
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    if step % 250 == 0:
+        print(f"step {step}: validation loss {loss_fn(params, windows[-4096:]):.3f}")
+print(ag.diagnostics.storage(params))

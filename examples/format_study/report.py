@@ -294,7 +294,8 @@ def main() -> None:
     for block in itertools.chain.from_iterable(section.blocks for section in report):
         if isinstance(block, Picture) and block.file:
             (pictures / block.file).write_bytes(block.png)
-    print(folder / "report.md")
+            print(f"picture: {pictures / block.file}")
+    print(f"report: {folder / 'report.md'}, with all pictures {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def run_all(config: StudyConfig, path: pathlib.Path, file: TextIO, workers: int)
         cores.put(available[i % len(available)])
     plan = jobs(config)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (cores,))
-    bar = tqdm(total=round(sum(cost(job) for job in plan)), unit="core s", smoothing=0.05)
+    seconds = round(sum(cost(job) for job in plan))
+    bar = tqdm(total=seconds, desc="compiling, training", unit="core s", smoothing=0.05)
     try:
         futures = [pool.submit(work, *job, config, known.get((job[0], *vars(job[1]).values()), {})) for job in plan]
         with bar:

@@ -126,7 +126,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def in_threads(jobs: list[Callable[[], None]], workers: int) -> None:
     """Runs the jobs of one process: on an accelerator one arm compiles while another one trains."""
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), unit="arm") as bar:
+    with (
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(jobs), desc="compiling, training", unit="arm") as bar,
+    ):
         for future in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
             future.result()
             bar.update()
@@ -141,7 +144,7 @@ def in_processes(function: Callable, jobs: list[tuple], workers: int) -> None:
     for i in range(workers):
         cores.put(available[i % len(available)])
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, _take_core, (cores,))
-    with pool, tqdm(total=len(jobs), unit="arm") as bar:
+    with pool, tqdm(total=len(jobs), desc="compiling, training", unit="arm") as bar:
         for future in concurrent.futures.as_completed([pool.submit(function, *job) for job in jobs]):
             future.result()
             bar.update()

@@ -274,6 +274,7 @@ def main() -> None:
     args.out.with_suffix(".md").write_text(page)
     draw(store, PICTURE if args.out == RESULTS else args.out.with_suffix(".png"))
     print(page)
+    print(f"picture: {args.out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
