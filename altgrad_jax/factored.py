@@ -88,7 +88,7 @@ def _averaged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (column,), (row,)
 
 
-@functools.partial(jax.jit, static_argnums=1, keep_unused=True)  # Whose devices these are.
+@functools.partial(jax.jit, static_argnums=1, keep_unused=True)  # On the devices of p.
 def _zero_means(p: Array, axes: tuple[int, ...]) -> Array:
     """Zeros in the sharding of the means of p; XLA makes no array of the shape of p."""
     return jnp.sum(jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), axis=axes, keepdims=True)

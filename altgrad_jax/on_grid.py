@@ -260,7 +260,7 @@ def _update(param: GridArray, index: Array, exponent: Array, level: Array, shrin
     return update, followed(exponent, level, weight_rule(param.format, shrinkage), param.grid, jnp.uint32(0))
 
 
-@jax.jit
+@functools.partial(jax.jit, keep_unused=True)  # Zeros, too, are on the devices of their parameters.
 def _initial(param: Any, key: Array) -> Any:
     """What is owed before the first step: nothing by floats and zeros, by others a random part of half a step.
 
