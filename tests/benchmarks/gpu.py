@@ -6,11 +6,13 @@
 Per arm: milliseconds of a jitted, donated update with `optax.apply_updates`, the least bytes that it can move (each
 input read once, each output written once), the share that these are of a copy at the bandwidth measured in the same
 run, and XLA's temporary bytes per weight. Then the integers of five updates here and on the CPU of the same machine:
-how many differ. JSON goes beside the table with `--json FILE`.
+how many differ. JSON goes beside the table with `--json FILE`. Where `flashoptim-jax` is installed its AdamW is measured
+too, on bfloat16 weights; its kernels are for GPUs.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import time
 
@@ -64,6 +66,8 @@ def measured(name, tx, params, gradient, bandwidth: float, repeats: int) -> dict
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, gradient):
+        if hasattr(tx, "step"):
+            return tx.step(params, state, gradient)
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -129,8 +133,14 @@ def main() -> None:
         numbers = lambda: 0.02 * jax.random.normal(jax.random.key(1), (rows, columns))  # noqa: E731
         arms = [(name, make(RATE), {}) for name, make in FLOATS.items()] if dtype == jnp.float32 else []
         arms += [(name, make(RATE), options) for name, (make, options) in STORED.items()]
+        flash = jax.default_backend() == "gpu" and importlib.util.find_spec("flashoptim_jax")
+        if dtype == jnp.bfloat16 and flash:
+            import flashoptim_jax
+
+            arms.append(("flashoptim-jax, adamw", flashoptim_jax.flash_adamw(learning_rate=RATE), None))
         for name, tx, options in arms:
-            params = numbers() if name in FLOATS else ag.to_grid(numbers(), **options)
+            floats = name in FLOATS or options is None
+            params = numbers().astype(dtype) if floats else ag.to_grid(numbers(), **options)
             lines.append(measured(name, tx, params, gradient, bandwidth, args.repeats))
             print("| " + " | ".join(map(str, lines[-1].values())) + " |", flush=True)
     for name, (make, options) in STORED.items():
