@@ -6,7 +6,7 @@
 Per arm: milliseconds of a jitted, donated update with `optax.apply_updates`, the least bytes that it can move (each
 input read once, each output written once), the share that these are of a copy at the bandwidth measured in the same
 run, and XLA's temporary bytes per weight. Then the integers of five updates here and on the CPU of the same machine:
-how many differ. JSON goes beside the table with `--json FILE`. Where `flashoptim-jax` is installed its AdamW is measured
+how many differ. JSON goes beside the table with `--json FILE`. With `flashoptim-jax` its AdamW is measured
 too, on bfloat16 weights; its kernels are for GPUs.
 """
 
