@@ -1,8 +1,9 @@
-"""What all examples share: `--help` explains and does nothing else. And two processes have the bits of one."""
+"""What all examples share: `--help` explains and does nothing else. Two processes have the bits of one. Benchmarks run."""
 
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -23,6 +24,24 @@ def test_help(path, tmp_path):
     assert len(process.stdout.splitlines()) > 5
     assert not process.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "gpu.py --log2 12 --repeats 1",
+        "training.py --size tiny --steps 12 --ways 'grid_adamw, layer by layer' 'optax.adamw, float32'",
+    ],
+)
+def test_benchmarks_of_accelerators_run_on_a_cpu(command, tmp_path):
+    program, *options = shlex.split(command)
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / program, *options, "--json", tmp_path / "lines.json"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    lines = (tmp_path / "lines.json").read_text()
+    assert "error" not in lines
+    assert re.search(r'"different_integers": 0|"tokens_per_second": \d', lines)
 
 
 @pytest.mark.slow
