@@ -1,4 +1,4 @@
-"""What all examples share: `--help` explains and does nothing else. Two processes have the bits of one. Benchmarks run."""
+"""`--help` of every example explains and does nothing else. Two processes have the bits of one. Benchmarks run."""
 
 import os
 import pathlib
