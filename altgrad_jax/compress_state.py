@@ -13,7 +13,7 @@ from altgrad_jax._checks import check_number, check_static
 from altgrad_jax._floats import as_real, power_of_two
 from altgrad_jax.codec import encode, exponent_range, index_dtype, magnitude
 from altgrad_jax.formats import FloatFormat, as_format
-from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array, is_split, rejoined
+from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array, is_split, on_mesh_of, rejoined
 from altgrad_jax.random_words import leaf_keys, random_words
 from altgrad_jax.scales import EMPTY, UNSET, fitted, followed, moment_rule, row_maximum, row_shape, with_level
 
@@ -86,7 +86,8 @@ def compress_state(
         names = _moment_names(paths, leaves, params, (*first, *second))
         _check_found(names, paths, params, first, second)
         moments, exponents = zip(*map(leaf, leaves, names), strict=True) if leaves else ((), ())
-        return CompressedState(jnp.uint32(0), structure.unflatten(exponents), structure.unflatten(moments))
+        state = CompressedState(jnp.uint32(0), structure.unflatten(exponents), structure.unflatten(moments))
+        return on_mesh_of(params, state)
 
     def update(updates, state, params=None, **extra_args):
         structure = jax.tree.structure(state.inner_state, is_leaf=_is_moment)

@@ -113,7 +113,9 @@ def fingerprint(tree: Any) -> jax.Array:
         Array(True, dtype=bool)
     """
     with_path = jax.tree_util.tree_leaves_with_path(tree)
-    paths, leaves = [path for path, _ in with_path], [jnp.asarray(leaf) for _, leaf in with_path]
+    # By names alone: Flax nnx makes a dictionary of a GridArray in the state of an optimizer.
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_path]
+    paths, leaves = [(jax.tree_util.DictKey(name),) for name in names], [jnp.asarray(leaf) for _, leaf in with_path]
     shapes = np.array([zlib.crc32(f"{leaf.dtype}{leaf.shape}".encode()) for leaf in leaves], np.uint32)
     keys = mix(leaf_keys(0, jnp.uint32(0), paths) ^ shapes[:, None])
     return sum(map(_hash, leaves, keys), jnp.uint32(0))

@@ -67,11 +67,21 @@ def _numbers(decoding: _Decoding, index: Array, exponent: Array, slot: Array) ->
     return GridArray(index, exponent, decoding.format, decoding.fraction_bits).value(decoding.dtype, full=decoding.full)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a gradient belongs: on explicit axes indices may be gathered before they are decoded."""
+
+    sharding: Any
+
+
 def _forward(decoding, index, exponent, slot):
-    return _numbers(decoding, index, exponent, slot), None
+    return _numbers(decoding, index, exponent, slot), _Place(jax.typeof(slot).sharding)
 
 
-def _backward(decoding, _, gradient):
+def _backward(decoding, place, gradient):
+    if jax.sharding.AxisType.Explicit in place.sharding.mesh.axis_types:
+        gradient = jax.sharding.reshard(gradient, place.sharding)
     return None, None, gradient.astype(decoding.gradient)
 
 

@@ -248,7 +248,8 @@ def _refused(name: str) -> Callable:
     def method(self: GridArray, *_: Any) -> Any:
         raise TypeError(
             f"a GridArray has no {name}, because an update is a GridArray of whole steps too: take value() of a "
-            "parameter, and put transformations that scale updates inside of on_grid."
+            "parameter, and put transformations that scale updates, such as optax.adamw, inside of on_grid: "
+            "on_grid(optax.adamw(1e-3)), or grid_adamw(1e-3)."
         )
 
     return method
@@ -416,6 +417,8 @@ def shardings(params: Any, sharding: Any) -> Any:
             return sharding
         spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
         if isinstance(spec, PartitionSpec):
+            if len(spec) > param.ndim:
+                raise ValueError(f"a spec must have at most {param.ndim} axes for shape {param.shape}, got {spec}.")
             axes = zip(spec, param.exponent.shape, strict=False)  # A spec may be shorter.
             spec = PartitionSpec(*(None if length == 1 else axis for axis, length in axes))
         of_exponent = sharding.update(spec=spec) if isinstance(sharding, NamedSharding) else spec
@@ -430,6 +433,23 @@ def shardings(params: Any, sharding: Any) -> Any:
         params,
         is_leaf=is_sharding,
     )
+
+
+def on_mesh_of(params: Any, state: Any) -> Any:
+    """The state with all leaves on the mesh of the parameters, if those are on one: counters start on one device.
+
+    So a new state is a target into which a checkpoint of any mesh can be restored.
+    """
+
+    def mesh_of(leaf):
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        return leaf.sharding.mesh if concrete and isinstance(leaf.sharding, NamedSharding) else None
+
+    meshes = {mesh_of(leaf) for leaf in jax.tree.leaves(params)} - {None}
+    if len(meshes) != 1:
+        return state
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec())
+    return jax.tree.map(lambda leaf: leaf if mesh_of(leaf) else jax.device_put(leaf, everywhere), state)
 
 
 def signed_steps(updates: Any, params: Any) -> Any:

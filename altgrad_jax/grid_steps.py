@@ -11,7 +11,15 @@ from altgrad_jax._checks import check_number, check_static
 from altgrad_jax._floats import as_real
 from altgrad_jax.codec import encode, nan_index, narrowed
 from altgrad_jax.formats import FloatFormat
-from altgrad_jax.grid_array import GridArray, checked_params, checked_values, flatten_stored, from_grid, is_grid_array
+from altgrad_jax.grid_array import (
+    GridArray,
+    checked_params,
+    checked_values,
+    flatten_stored,
+    from_grid,
+    is_grid_array,
+    on_mesh_of,
+)
 from altgrad_jax.random_words import leaf_keys, random_words
 
 
@@ -52,8 +60,8 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
     whole = whole_steps(int(max_steps))
 
     def init(params):
-        del params  # Only the update knows whether they are on a grid: optax.tree.map_params has none here.
-        return GridStepsState(jnp.uint32(0))
+        # Only the update knows whether they are on a grid: optax.tree.map_params has none here.
+        return on_mesh_of(params, GridStepsState(jnp.uint32(0)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args  # Those of other transformations of the chain.
@@ -77,7 +85,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
         return inner.update(updates, state, checked_values("grid_sgd", updates, params), **extra_args)
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: inner.init(from_grid(checked_params(params), full=True)), update
+        lambda params: on_mesh_of(params, inner.init(from_grid(checked_params(params), full=True))), update
     )
 
 

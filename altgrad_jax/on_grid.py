@@ -25,6 +25,7 @@ from altgrad_jax.grid_array import (
     from_grid,
     is_grid_array,
     map_stored,
+    on_mesh_of,
     rejoined,
 )
 from altgrad_jax.random_words import leaf_keys, random_words, second_word
@@ -116,7 +117,7 @@ def on_grid(
             if "GridArray" in str(error):
                 error.add_note("on_grid gives from_grid(params) to what is inside: make masks and labels from that.")
             raise
-        return OnGridState(jnp.uint32(0), exponent, structure.unflatten(carried), inner_state)
+        return on_mesh_of(params, OnGridState(jnp.uint32(0), exponent, structure.unflatten(carried), inner_state))
 
     def update(updates, state, params=None, **extra_args):
         _check_extra(extra_args)

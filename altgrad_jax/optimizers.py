@@ -154,7 +154,7 @@ def grid_sgd(
     Args:
         learning_rate: Grid steps per unit of momentum, a number >= 0 or a schedule.
         momentum: Decay rate of the sum of the gradients, in [0, 1).
-        weight_decay: >= 0; this multiple of the weights, in real units, is added to the gradients.
+        weight_decay: A multiple of the weights, in real units, that is added to the gradients; >= 0.
         max_steps, seed: As in `scale_by_grid_steps`: the bound of the steps of one update, and the seed.
 
     Returns:

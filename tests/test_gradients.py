@@ -1,7 +1,9 @@
 """value_and_grad: the gradients of the numbers that stored parameters stand for."""
 
+import dataclasses
 import functools
 import itertools
+import re
 
 import chex
 import jax
@@ -139,6 +141,31 @@ class TestValueAndGrad:
             return jax.lax.pmean(jnp.mean(jnp.tanh(x @ head.astype(jnp.float32))), "x")
 
         assert_same(jax.jit(ag.value_and_grad(loss))(head, X), jax.jit(jax.value_and_grad(loss))(head.value(), X))
+
+    @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+    def test_of_integers_that_were_gathered(self, axis_type):
+        """They travel in one byte, and the gradients are sharded as the weights are."""
+        mesh, head = jax.make_mesh((2,), ("x",), axis_types=(axis_type,)), stored()["head"]
+        explicit = axis_type == jax.sharding.AxisType.Explicit
+        gather = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+
+        def loss(head, x):
+            whole = lambda leaf: gather(leaf, jax.NamedSharding(mesh, jax.P()))  # noqa: E731
+            head = dataclasses.replace(head, index=whole(head.index), exponent=whole(head.exponent))
+            return jnp.sum(jnp.tanh(x @ head.astype(jnp.float32)))
+
+        rows = jax.NamedSharding(mesh, jax.P("x"))
+        placed = jax.device_put(head, ag.shardings(head, rows)), jax.device_put(X, rows)
+        program = jax.jit(ag.value_and_grad(loss))
+        gathers = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather", program.lower(*placed).compile().as_text())
+        assert set(gathers) == {"s8"}
+        value, gradient = program(*placed)
+        assert not explicit or gradient.sharding.spec[0] == "x"
+        expected = jax.value_and_grad(lambda w: jnp.sum(jnp.tanh(X @ w.astype(jnp.float32))))(head.value())
+        assert value == pytest.approx(float(expected[0]), rel=1e-4)  # A sum of bfloat16 numbers, in two parts.
+        np.testing.assert_allclose(
+            np.asarray(gradient, np.float32), np.asarray(expected[1], np.float32), rtol=2e-2, atol=1e-2
+        )
 
     def test_of_several_arguments(self):
         params, other = stored(), stored()["head"]

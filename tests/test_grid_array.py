@@ -349,6 +349,10 @@ class TestPytree:
         )
         assert not jax.device_put(shared, shardings).index.sharding.is_fully_replicated
 
+    def test_refuses_specs_of_more_axes_than_a_shape(self):
+        with pytest.raises(ValueError, match=r"at most 2 axes for shape \(4, 8\), got P"):
+            ag.shardings({"kernel": ag.to_grid(jnp.ones((4, 8)))}, jax.P(None, None, "x"))
+
     @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int16])
     def test_adds_steps_exactly(self, dtype):
         """The sum modulo 2**bits is the intended index for all pairs of int8, and 2**16 of int16."""

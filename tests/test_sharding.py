@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from chains import STORED
+from flax import nnx
 from jax.sharding import AxisType
 from quick import some
 
 import altgrad_jax as ag
+import altgrad_jax.flax_support
 
 CHAINS = STORED | {
     "on_grid(momentum)": lambda: ag.on_grid(optax.scale(-1e-2), momentum=0.9),
@@ -230,6 +233,26 @@ class TestFingerprint:
         trees += [ag.to_grid(stored, name, scale=0.25) for name in ("float8_e3m4", "float8_e4m3fn", "float8_e4m3")]
         assert len({int(ag.diagnostics.fingerprint(tree)) for tree in trees}) == len(trees)
 
+    def test_of_an_nnx_optimizer_after_a_restore(self):
+        """Its first update makes dictionaries of the GridArrays in the state."""
+
+        def pair():
+            model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+            nnx.update(model, ag.to_grid(nnx.state(model, nnx.Param)))
+            return model, nnx.Optimizer(model, ag.grid_adamw(1e-2), wrt=nnx.Param)
+
+        model, optimizer = pair()
+        _, gradient = ag.value_and_grad(lambda model: jnp.mean(model(jnp.ones((4, 8))) ** 2))(model)
+        optimizer.update(model, gradient)
+        state, new = nnx.state((model, optimizer)), nnx.state(pair())
+        assert jax.tree.structure(state) != jax.tree.structure(new)
+        by_name = lambda tree: {  # noqa: E731
+            jax.tree_util.keystr(path, simple=True): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        names, values = by_name(new), by_name(state)
+        restored = jax.tree.unflatten(jax.tree.structure(new), [values[name] for name in names])
+        assert ag.diagnostics.fingerprint(restored) == ag.diagnostics.fingerprint(state)
+
     def test_of_64_bits(self):
         with jax.enable_x64(True):
             x = jnp.ones(3, jnp.float64)
@@ -267,6 +290,29 @@ def told(folder, damage):
     return count
 
 
+class TestStarts:
+    """A new state is on the mesh of its parameters, all of it: so a checkpoint can be restored into it."""
+
+    @pytest.mark.parametrize("axis_type", some([AxisType.Auto, AxisType.Explicit], lambda kind: kind == AxisType.Auto))
+    @pytest.mark.parametrize("name", some([name for name in CHAINS if name != "manifold_adamw"], QUICK.__contains__))
+    def test_all_leaves_on_the_mesh(self, name, axis_type):
+        mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+        tx, params, _ = start(name)
+        specs = {"kernel": jax.NamedSharding(mesh, jax.P("x")), "bias": jax.NamedSharding(mesh, jax.P())}
+        given = {key: specs.get(key, specs["bias"]) for key in params}
+        params = jax.device_put(params, ag.shardings(params, given))
+        state = tx.init(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            assert len(leaf.sharding.device_set) == 4, jax.tree_util.keystr(path)
+        trained = trainer(name)(params, state, 1)
+        chex.assert_trees_all_equal_shapes_and_dtypes(trained, (params, state))
+
+    def test_elsewhere_on_one_device(self):
+        tx, params, _ = start("grid_adamw")
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(tx.init(params))} == {1}
+        jax.eval_shape(tx.init, params)
+
+
 class TestRestarts:
     """A checkpoint continues with the same bits, on another mesh too; one that was cut or changed is an error."""
 
@@ -279,7 +325,7 @@ class TestRestarts:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "half", half)
             checkpointer.wait_until_finished()
-            restored = checkpointer.restore(tmp_path / "half", (target, jax.jit(tx.init)(target)))
+            restored = checkpointer.restore(tmp_path / "half", (target, tx.init(target)))
         assert restored[0]["kernel"].index.sharding == target["kernel"].index.sharding
         ours = trainer(name)(*restored, 50)
         agrees(name, ours, trainer(name)(*trainer(name)(*start(name)[1:], 50), 50))
