@@ -77,9 +77,9 @@ def of_jax(name: str, leaves: int | None):
     known = {"temporary_bytes": round(float(temporaries), 2), "compile_seconds": round(seconds, 2)}
     if leaves:
         shapes = [LEAVES[i % len(LEAVES)] for i in range(leaves)]
-        _, (params, state), gradients, seconds = compiled(*OPTIMIZERS[name], shapes)
+        _, (params, state), of_leaves, seconds = compiled(*OPTIMIZERS[name], shapes)
         begun = time.process_time()
-        updates, _ = OPTIMIZERS[name][0].update(gradients, state, params)
+        updates, _ = OPTIMIZERS[name][0].update(of_leaves, state, params)
         jax.block_until_ready(optax.apply_updates(params, updates))
         known |= {f"compile_seconds_{leaves}": round(seconds, 2)}
         known |= {f"compile_seconds_{leaves}_outside_of_jit": round(time.process_time() - begun, 2)}
