@@ -36,11 +36,10 @@ class TestOneMatrix:
     """A whole step on a 16384 x 16384 matrix is one kernel that reads and writes everything once."""
 
     def test_adamw_is_the_yardstick(self, costs):
-        assert costs["one matrix"]["optax.adamw"] == {
-            "bytes": pytest.approx(28, abs=0.1),
-            "operations": pytest.approx(15, abs=0.1),
-            "kernels": 1,
-        }
+        cost = costs["one matrix"]["optax.adamw"]
+        assert cost["bytes"] == pytest.approx(28, abs=0.1)
+        assert cost["operations"] == pytest.approx(15, abs=0.1)
+        assert cost["kernels"] == 1
 
     @pytest.mark.parametrize("name", ["manifold_adamw", "manifold_adamw(format)"])
     def test_manifold_adamw(self, costs, name):
