@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import training
-from arms import ARMS, FACTORED, LINE
+from arms import ARMS, FACTORED, LINE, ROWS
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
 from tasks import TASKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
-PICTURE = pathlib.Path(__file__).parents[2] / "docs" / "images" / "quality.png"
+PICTURES = pathlib.Path(__file__).parents[2] / "docs" / "images"
 MEASURED = ("loss", "seconds")
 TUNED = {"b1": (0.8, 0.9), "b2": (0.95, 0.98, 0.995), "warm_up": (0.05, 0.15)}
 DEFAULTS = {"b1": 0.9, "b2": 0.98, "warm_up": 0.05, "end": 0.0, "spike": 1.0}
@@ -238,6 +238,29 @@ def draw(store: harness.Store, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_stiffness(store: harness.Store, path: pathlib.Path) -> None:
+    """The picture: what a rate per row and stiffness after Adam cost AdamW, and each other."""
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
+    axes, results = figure.subplots(), evaluated(store)
+    names = [ROWS, *(arm.name for arm in ARMS.values() if arm.twin == ROWS)]
+    for reference, color in (("adamw", "tab:blue"), (ROWS, "tab:orange")):
+        points = []
+        for i, name in enumerate(names):
+            for place, role, arm in results:
+                if (arm, role, place[0]) == (name, "evaluate", TABLE_SIZE) and name != reference:
+                    pair = (losses_of(results[place, role, which]) for which in (name, reference))
+                    points.append((*gap(*pair)[:2], i))
+        if points:
+            average, half, place = np.transpose(points)
+            axes.errorbar(average, place, xerr=half, fmt="o", capsize=3, color=color, label=f"above {reference}")
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="validation loss, nats", ylim=(len(names) - 0.5, -0.5))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=("tune", "table", "line", "report", "pack"))
@@ -272,9 +295,11 @@ def main() -> None:
             store = harness.Store(args.out, MEASURED)
     page = report(store)
     args.out.with_suffix(".md").write_text(page)
-    draw(store, PICTURE if args.out == RESULTS else args.out.with_suffix(".png"))
+    pictures = PICTURES if args.out == RESULTS else args.out.parent
+    draw(store, pictures / "quality.png")
+    draw_stiffness(store, pictures / "stiffness.png")
     print(page)
-    print(f"picture: {args.out.with_suffix('.png')}")
+    print(f"pictures: {pictures / 'quality.png'}, {pictures / 'stiffness.png'}")
 
 
 if __name__ == "__main__":
