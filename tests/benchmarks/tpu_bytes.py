@@ -4,6 +4,7 @@ Needs no TPU: `pip install -e ".[tpu]"`, then
 
     python tests/benchmarks/tpu_bytes.py
     python tests/benchmarks/tpu_bytes.py --roofline
+    python tests/benchmarks/tpu_bytes.py --leaves 100    # seconds of compilation, and what is copied
 
     one matrix  optax.adamw                      28.00 bytes,  15.0 operations per weight,  1 kernels
     one matrix  manifold_adamw                   36.00 bytes,  57.0 operations per weight,  1 kernels
@@ -31,10 +32,11 @@ in the rows of `grid_adamw` and of the momentum alone bfloat16 unless they say o
 gradients, parameters and state and one write of the latter two, and for a factored second moment, the default of
 `grid_adamw`, a second read of the gradients. The step is an ordinary one: the conditional that gives moments their
 first exponents and means, which the compiler would count as if it were always taken, is left out. An operation that
-reads the same bits as another type counts as none. On many leaves XLA also prefetches, which counts, and merges leaves
-of one shape that draw random words. A momentum beside a float32 second moment takes two kernels, and so does one beside
-8-bit second moments and float32 gradients. The number of operands of a kernel decides: one more array, scale per row or
-scalar that the compiler does not know can turn a step into three kernels.
+reads the same bits as another type counts as none. On many leaves XLA also prefetches, which counts: it copies small
+arrays into on-chip memory and out of it, and nothing else. It merges leaves of one shape that draw random words. A
+momentum beside a float32 second moment takes two kernels, and so does one beside 8-bit second moments and float32
+gradients. The number of operands of a kernel decides: one more array, scale per row or scalar that the compiler does
+not know can turn a step into three kernels.
 
 The roofline has picoseconds per weight by bytes and by operations, for the chips of `CHIPS`, and what XLA's cost model
 estimates for the program of the v5e. GPUs are given the same bytes and operations: they have another compiler.
@@ -47,6 +49,7 @@ import json
 import math
 import os
 import re
+import time
 from typing import Any
 from unittest import mock
 
@@ -158,6 +161,7 @@ def compiled(tx, params, gradients, device) -> dict[str, float]:
     program = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
     text, analysis = program.as_text(), program.cost_analysis()
     kernels = re.findall(r"= (.*) fusion\(", text[text.index("ENTRY") :])
+    copies = re.findall(r"= (\(.*\)) copy-start\(", text)  # From where to where.
     matrices = {",".join(map(str, leaf.shape)) for leaf in jax.tree.leaves(gradients)}
     weights = sum(leaf.size for leaf in jax.tree.leaves(gradients))
     # The analysis counts them, but a register has no type.
@@ -167,6 +171,8 @@ def compiled(tx, params, gradients, device) -> dict[str, float]:
         "bytes": analysis["bytes accessed"] / weights,
         "operations": (analysis["flops"] - free) / weights,
         "kernels": sum(any(f"[{shape}]" in outputs for shape in matrices) for outputs in kernels),
+        "copies": len(copies),
+        "on_chip": sum("S(1)" in copy for copy in copies),
         "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text[text.index("ENTRY") :]))) / weights,
     }
 
@@ -187,15 +193,27 @@ def roofline(device: jax.Device) -> None:
         )
 
 
+def many_leaves(number: int, device: jax.Device) -> None:
+    """Seconds of compilation for leaves of four shapes, of all cores together, and the copies of the program."""
+    shapes = {f"w{i}": (512, 512 + 128 * (i % 4)) for i in range(number)}
+    for name, stored in {"optax.adamw": None, "grid_adamw": STORED["grid_adamw"]}.items():
+        begun = time.process_time()
+        row = stored_cost(shapes, *stored, device) if stored else cost(shapes, OPTIMIZERS[name], device)
+        seconds = time.process_time() - begun
+        copies = f"{row['on_chip']} of {row['copies']} copies are into or out of on-chip memory"
+        print(f"{name:12}{seconds:6.1f} s,{row['bytes']:6.2f} bytes, {copies}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
     parser.add_argument("--topology", default="v5e:2x2", help="v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, ...")
+    parser.add_argument("--leaves", type=int, help="compilation of so many leaves of four shapes")
     parser.add_argument("--roofline", action="store_true", help="times by bytes and by operations")
     arguments = parser.parse_args()
     device = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[0]
-    if arguments.roofline:
-        roofline(device)
+    if arguments.roofline or arguments.leaves:
+        roofline(device) if arguments.roofline else many_leaves(arguments.leaves, device)
         return
     costs = {
         model: {name: cost(shapes, tx, device) for name, tx in OPTIMIZERS.items()}
