@@ -441,15 +441,18 @@ def on_mesh_of(params: Any, state: Any) -> Any:
     So a new state is a target into which a checkpoint of any mesh can be restored.
     """
 
-    def mesh_of(leaf):
-        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        return leaf.sharding.mesh if concrete and isinstance(leaf.sharding, NamedSharding) else None
+    def is_concrete(leaf):
+        return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
-    meshes = {mesh_of(leaf) for leaf in jax.tree.leaves(params)} - {None}
+    def is_on_mesh(leaf):
+        return is_concrete(leaf) and isinstance(leaf.sharding, NamedSharding)
+
+    meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(params) if is_on_mesh(leaf)}
     if len(meshes) != 1:
         return state
     everywhere = NamedSharding(meshes.pop(), PartitionSpec())
-    return jax.tree.map(lambda leaf: leaf if mesh_of(leaf) else jax.device_put(leaf, everywhere), state)
+    moves = lambda leaf: is_concrete(leaf) and not is_on_mesh(leaf)  # noqa: E731
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere) if moves(leaf) else leaf, state)
 
 
 def signed_steps(updates: Any, params: Any) -> Any:
