@@ -13,7 +13,7 @@ from altgrad_jax._checks import check_number, check_static
 from altgrad_jax._floats import as_real, power_of_two
 from altgrad_jax.codec import encode, exponent_range, index_dtype, magnitude
 from altgrad_jax.formats import FloatFormat, as_format
-from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array, is_split, on_mesh_of, rejoined
+from altgrad_jax.grid_array import GridArray, flatten_stored, is_grid_array, is_split, rejoined, resplit, started
 from altgrad_jax.random_words import leaf_keys, random_words
 from altgrad_jax.scales import EMPTY, UNSET, fitted, followed, moment_rule, row_maximum, row_shape, with_level
 
@@ -82,20 +82,20 @@ def compress_state(
         return moment, None
 
     def init(params):
-        paths, leaves, structure = flatten_stored(inner.init(params))
+        paths, leaves, structure = _flatten(inner.init(params))
         names = _moment_names(paths, leaves, params, (*first, *second))
         _check_found(names, paths, params, first, second)
         moments, exponents = zip(*map(leaf, leaves, names), strict=True) if leaves else ((), ())
         state = CompressedState(jnp.uint32(0), structure.unflatten(exponents), structure.unflatten(moments))
-        return on_mesh_of(params, state)
+        return started(params, state)
 
     def update(updates, state, params=None, **extra_args):
-        structure = jax.tree.structure(state.inner_state, is_leaf=_is_moment)
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state.inner_state, is_leaf=_is_moment)]
-        leaves, exponents = map(structure.flatten_up_to, (state.inner_state, state.exponent))
+        paths, leaves, structure = _flatten(state.inner_state)
+        exponents = structure.flatten_up_to(state.exponent)
         # `optax.tree.set` also sets the fields of that name in the tree of exponents.
         ours = [i for i, leaf in enumerate(leaves) if _is_moment(leaf) and exponents[i] is not None]
-        moments = [rejoined(leaves[i], FIRST, SECOND) for i in ours]
+        nodes = [leaves[i] for i in ours]
+        moments = [rejoined(node, FIRST, SECOND) for node in nodes]
         gradients = _gradients([paths[i] for i in ours], updates)
         exponents = _first_exponents([exponents[i] for i in ours], lax.stop_gradient(gradients), moments)
 
@@ -105,8 +105,9 @@ def compress_state(
 
         leaves, following = structure.flatten_up_to(inner_state), [None] * len(leaves)
         keys = leaf_keys(seed, state.moment_step, [paths[i] for i in ours])
-        for i, moment, exponent, key in zip(ours, moments, exponents, keys, strict=True):
-            leaves[i], following[i] = _stored(leaves[i], moment, exponent, key, state.moment_step)
+        for i, node, moment, exponent, key in zip(ours, nodes, moments, exponents, keys, strict=True):
+            moved, following[i] = _stored(leaves[i], moment, exponent, key, state.moment_step)
+            leaves[i] = resplit(moved, node)
         stored = structure.unflatten(leaves)
         return updated, CompressedState(state.moment_step + 1, structure.unflatten(following), stored)
 
@@ -176,6 +177,9 @@ def _moment_names(paths: list, leaves: list, params: Any, known: tuple[str, ...]
     at = dict(zip(param_paths, param_leaves, strict=True))
     names = []
     for path, leaf in zip(paths, leaves, strict=True):
+        if is_split(leaf):  # A momentum of on_grid.
+            names.append(None)
+            continue
         fields = [i for i, key in enumerate(path) if getattr(key, "name", None) in known and path[i + 1 :] in at]
         fields = [i for i in fields if jnp.shape(at[path[i + 1 :]]) == jnp.shape(leaf)]
         if fields and is_grid_array(leaf) and leaf.format == at[path[fields[0] + 1 :]].format:
@@ -204,6 +208,12 @@ def _gradients(paths: list, updates: Any) -> list[jax.Array]:
     """The gradient of the parameter of each moment."""
     at = dict(jax.tree_util.tree_leaves_with_path(updates))
     return [next(at[path[i:]] for i in range(len(path) + 1) if path[i:] in at) for path in paths]
+
+
+def _flatten(state: Any) -> tuple[list[tuple], list[Any], Any]:
+    """Paths, leaves and structure of a state whose moments are leaves."""
+    with_path, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_moment)
+    return [path for path, _ in with_path], [leaf for _, leaf in with_path], structure
 
 
 def _is_moment(node: Any) -> bool:

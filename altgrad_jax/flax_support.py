@@ -22,7 +22,7 @@ from flax import nnx, serialization
 
 from altgrad_jax.formats import label
 from altgrad_jax.gradients import STATEFUL, deeper, places, slots_of, with_slots, without_slots
-from altgrad_jax.grid_array import VERSION, GridArray, check_range
+from altgrad_jax.grid_array import STARTS, VERSION, GridArray, check_range
 
 
 def _described(param: GridArray) -> dict[str, Any]:
@@ -105,5 +105,17 @@ def _check_models(args: Sequence[Any], kwargs: dict[str, Any], chosen: Sequence[
         raise ValueError("value_and_grad got models that share Params: differentiate with respect to one of them.")
 
 
+def _as_after_an_update(state: Any) -> Any:
+    """The state with the mapping that `nnx.Optimizer` makes of each GridArray within a variable."""
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+
+    def leaf(node):
+        stored = is_variable(node) and isinstance(node.get_value(), GridArray)
+        return node.replace(nnx.state(node.get_value())) if stored else node
+
+    return jax.tree.map(leaf, state, is_leaf=is_variable)
+
+
 STATEFUL[nnx.Pytree] = _value_and_grad
+STARTS.append(_as_after_an_update)
 serialization.register_serialization_state(GridArray, _to_state_dict, _from_state_dict)

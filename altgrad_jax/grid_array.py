@@ -435,11 +435,17 @@ def shardings(params: Any, sharding: Any) -> Any:
     )
 
 
-def on_mesh_of(params: Any, state: Any) -> Any:
-    """The state with all leaves on the mesh of the parameters, if those are on one: counters start on one device.
+# `flax_support` enters one, which gives a new state the structure that it has after an update by Flax nnx.
+STARTS: list[Callable[[Any], Any]] = []
 
-    So a new state is a target into which a checkpoint of any mesh can be restored.
+
+def started(params: Any, state: Any) -> Any:
+    """A new state, with all leaves on the mesh of the parameters, if those are on one: counters start on one device.
+
+    So it is a target into which a checkpoint of any mesh can be restored.
     """
+    for change in STARTS:
+        state = change(state)
 
     def is_concrete(leaf):
         return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
@@ -485,6 +491,13 @@ def rejoined(node: Any, *formats: FloatFormat | None) -> Any:
     named = ((format, [key.name for key in _keys(format, 0)]) for format in formats if format)
     format, (index, exponent) = next((format, names) for format, names in named if set(names) == set(node))
     return GridArray(node[index], node[exponent], format)
+
+
+def resplit(param: GridArray, like: Any) -> Any:
+    """The GridArray, as a mapping if the node before the update was one: a state keeps its structure."""
+    if not isinstance(like, Mapping):
+        return param
+    return jax.tree.unflatten(jax.tree.structure(like), [param.exponent, param.index])  # By names, in their order.
 
 
 def is_split(node: Any) -> bool:

@@ -18,7 +18,7 @@ from altgrad_jax.grid_array import (
     flatten_stored,
     from_grid,
     is_grid_array,
-    on_mesh_of,
+    started,
 )
 from altgrad_jax.random_words import leaf_keys, random_words
 
@@ -61,7 +61,7 @@ def scale_by_grid_steps(max_steps: int = 10, *, seed: int = 0) -> optax.Gradient
 
     def init(params):
         # Only the update knows whether they are on a grid: optax.tree.map_params has none here.
-        return on_mesh_of(params, GridStepsState(jnp.uint32(0)))
+        return started(params, GridStepsState(jnp.uint32(0)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args  # Those of other transformations of the chain.
@@ -85,7 +85,7 @@ def on_values(inner: optax.GradientTransformation) -> optax.GradientTransformati
         return inner.update(updates, state, checked_values("grid_sgd", updates, params), **extra_args)
 
     return optax.GradientTransformationExtraArgs(
-        lambda params: on_mesh_of(params, inner.init(from_grid(checked_params(params), full=True))), update
+        lambda params: started(params, inner.init(from_grid(checked_params(params), full=True))), update
     )
 
 

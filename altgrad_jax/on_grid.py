@@ -25,8 +25,9 @@ from altgrad_jax.grid_array import (
     from_grid,
     is_grid_array,
     map_stored,
-    on_mesh_of,
     rejoined,
+    resplit,
+    started,
 )
 from altgrad_jax.random_words import leaf_keys, random_words, second_word
 from altgrad_jax.scales import followed, weight_rule, with_level
@@ -117,7 +118,7 @@ def on_grid(
             if "GridArray" in str(error):
                 error.add_note("on_grid gives from_grid(params) to what is inside: make masks and labels from that.")
             raise
-        return on_mesh_of(params, OnGridState(jnp.uint32(0), exponent, structure.unflatten(carried), inner_state))
+        return started(params, OnGridState(jnp.uint32(0), exponent, structure.unflatten(carried), inner_state))
 
     def update(updates, state, params=None, **extra_args):
         _check_extra(extra_args)
@@ -199,7 +200,9 @@ def _moved_leaf(rates, param, u, exponent, carried, key):
         return u if carried is None else carried.astype(u.dtype), None, carried
     if carried is None:
         return *_without_momentum(param, u, exponent, key), None
-    return _with_momentum(*rates, param, u, exponent, rejoined(carried, momentum_format(param.format)), key)
+    whole = rejoined(carried, momentum_format(param.format))
+    update, exponent, owed = _with_momentum(*rates, param, u, exponent, whole, key)
+    return update, exponent, resplit(owed, carried)
 
 
 @jax.jit

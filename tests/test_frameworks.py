@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chains import STORED
 from flax import nnx
 from flax.training.train_state import TrainState
 from quick import some
@@ -192,6 +193,29 @@ class TestNnx:
         model, twin = NNX(nnx.Rngs(3)), NNX(nnx.Rngs(3))
         ours, expected = ag.value_and_grad(nnx_loss)(model, X), nnx.value_and_grad(nnx_loss)(twin, X)
         jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+    @pytest.mark.parametrize("name", some([*STORED, "compressed"], ["grid_adamw, 8bit"].__contains__))
+    def test_keeps_the_structure_of_its_state(self, name):
+        """From the first state on, under nnx.Optimizer and without it: a step is compiled once, and may be scanned."""
+        compressed = lambda: ag.compress_state(ag.on_grid(optax.adamw(1e-2)), min_size=1)  # noqa: E731
+        make = (STORED | {"compressed": compressed})[name]
+        model = stored_nnx(lambda params: ag.to_grid(params, fraction_bits=8))
+        optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+        before, traces = jax.tree.structure(nnx.state((model, optimizer))), []
+
+        @nnx.jit
+        def step(model, optimizer):
+            traces.append(1)
+            optimizer.update(model, ag.value_and_grad(nnx_loss)(model, X)[1])
+
+        for _ in range(3):
+            step(model, optimizer)
+        assert jax.tree.structure(nnx.state((model, optimizer))) == before
+        assert len(traces) == 1
+        tx, params = make(), nnx.state(model, nnx.Param)
+        state = tx.init(params)
+        _, after = jax.eval_shape(tx.update, ag.from_grid(params), state, params)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
 
     def test_gives_back_what_is_stored(self):
         model = stored_nnx(ag.to_grid)
