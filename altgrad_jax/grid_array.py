@@ -48,10 +48,10 @@ class GridArray:
     no checkpoint is restored into another format.
 
     For reading, it is an array of `dtype`: `jnp` functions, `np.asarray`, `@`, comparisons, indexing, `T` and Flax
-    layers take it as it is and decode what they read; functions of `lax` and `jax.nn`, and ufuncs of NumPy, need
-    `value()`. `+ - * /` raise a TypeError, because an update is a GridArray too, of whole steps; but JAX decodes the
-    right operand of `array + update` without an error. Functions that map over leaves get the integers: norms, averages
-    (`optax.incremental_update`) and casts need `from_grid(params)`.
+    layers take it as it is and decode what they read; functions of `lax`, some of `jax.nn`, such as `softmax`, and
+    ufuncs of NumPy need `value()`. `+ - * /` raise a TypeError, because an update is a GridArray too, of whole steps;
+    but JAX decodes the right operand of `array + update` without an error. Functions that map over leaves get the
+    integers: norms, averages (`optax.incremental_update`) and casts need `from_grid(params)`.
 
     Attributes:
         index: Signed positions in steps of `2**-fraction_bits`, shape `[...]`: the smallest of int8, int16 and int32

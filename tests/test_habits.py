@@ -53,6 +53,15 @@ class TestInstead:
         penalty = lambda params: optax.tree.norm(ag.from_grid(params), squared=True)  # noqa: E731
         same(ag.value_and_grad(penalty)(PARAMS), jax.value_and_grad(penalty)(ag.from_grid(PARAMS)))
 
+    def test_penalty_by_hand(self):
+        squares = lambda tree: sum(jnp.sum(x**2) for x in jax.tree.leaves(tree))  # noqa: E731
+        wrong, gradients = ag.value_and_grad(squares)(PARAMS)
+        right, expected = ag.value_and_grad(lambda params: squares(ag.from_grid(params)))(PARAMS)
+        np.testing.assert_allclose(right, squares(FLOATS), rtol=0.01)
+        assert abs(float(wrong) - float(right)) > 0.5 * float(right)
+        assert not np.any(gradients["a"]["kernel"])
+        same(expected, jax.tree.map(lambda w: 2 * w, ag.from_grid(PARAMS)))
+
     def test_product(self):
         kernel, dimensions = PARAMS["a"]["kernel"], (((1,), (0,)), ((), ()))
         with pytest.raises(ValueError, match="__jax_array__"):
