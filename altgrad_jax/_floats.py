@@ -67,6 +67,14 @@ def as_real(x: jax.typing.ArrayLike, name: str = "x") -> jax.Array:
     return jnp.asarray(x, jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
+    """Zeros in the sharding of x."""
+    if jax.sharding.AxisType.Explicit not in jax.typeof(x).sharding.mesh.axis_types:
+        return jnp.zeros_like(x, dtype)
+    # From jax 0.12 on a constant has the explicit sharding of an array only inside of `jax.set_mesh`. XLA makes it one.
+    return jnp.logical_and(x != x, False).astype(dtype)
+
+
 def as_integer(x: jax.Array) -> jax.Array:
     """Casts integral numbers to int32; NaN, whose cast is undefined, to 0."""
     return jnp.where(jnp.isnan(x), 0, x).astype(jnp.int32)

@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from altgrad_jax._floats import as_real, varying_like
+from altgrad_jax._floats import as_real, varying_like, zeros_like
 
 # Squares of normally distributed numbers are hardly ever so many times their mean.
 _FEW = 32.0
@@ -91,7 +91,7 @@ def _averaged(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]
 @functools.partial(jax.jit, static_argnums=1, keep_unused=True)  # On the devices of p.
 def _zero_means(p: Array, axes: tuple[int, ...]) -> Array:
     """Zeros in the sharding of the means of p; XLA makes no array of the shape of p."""
-    return jnp.sum(jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), axis=axes, keepdims=True)
+    return jnp.sum(zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), axis=axes, keepdims=True)
 
 
 @jax.jit

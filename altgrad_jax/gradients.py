@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from altgrad_jax._floats import zeros_like
 from altgrad_jax.formats import FloatFormat
 from altgrad_jax.grid_array import GridArray, is_grid_array, map_stored
 
@@ -182,7 +183,7 @@ def slots_of(tree: Any, dtype: DTypeLike | None) -> Any:
             return param
         if isinstance(param, _Differentiable):  # An outer value_and_grad differentiates it too.
             return param.slot.astype(dtype or param.slot.dtype)
-        return jnp.zeros_like(param.index, dtype or param.dtype)
+        return zeros_like(param.index, dtype or param.dtype)
 
     return map_stored(slot, tree)
 

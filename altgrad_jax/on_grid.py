@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from altgrad_jax._checks import check_number
-from altgrad_jax._floats import as_real, power_of_two
+from altgrad_jax._floats import as_real, power_of_two, zeros_like
 from altgrad_jax.codec import decode, encode, exponent_range, index_dtype, is_finite, magnitude, number_at
 from altgrad_jax.formats import FloatFormat
 from altgrad_jax.grid import ulp, ulp_of_number
@@ -272,7 +272,7 @@ def _initial(param: Any, key: Array) -> Any:
     half a step would not show; from a random place they show in a share of the weights, and in their mean.
     """
     if not is_grid_array(param):
-        return jnp.zeros(np.shape(param), jnp.float32)
+        return zeros_like(param, jnp.float32)
     format, w = momentum_format(param.format), decode(param.index, 0, param.grid)
     part = ((random_words(key, param.shape) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23 - 0.5
     # Below a power of two the steps are half as wide.
