@@ -5,8 +5,8 @@ the numbers a little, and so does the CPU.
 
     $ pip install -e ".[examples]" && python examples/train_char_gpt.py
                             validation loss   weights and state   peak of a step   time per step
-    float32 AdamW                1.297 nats             5.18 MB         41.52 MB         19.9 ms
-    two bytes                    1.281 nats             0.95 MB         38.00 MB         21.1 ms
+    float32 AdamW                1.297 nats             5.18 MB         41.52 MB         19.6 ms
+    two bytes                    1.275 nats             0.95 MB         38.00 MB         22.1 ms
     picture: out/train_char_gpt.png
 
 (CPython 3.11, jax 0.10, two CPU cores, 100 s.) The learning rate is AdamW's: at half, twice and a quarter of it AdamW
