@@ -59,7 +59,7 @@ def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     # The key comes first: XLA would write out what all lanes of a vmap share.
     for strides in reversed(_strides(shape)):
         for axis, stride in strides:
-            # Of the whole shape: one of a row alone saves an operation and costs whole steps 0.7 bytes at their peak.
+            # Of the whole shape: positions of a row alone cost whole steps on a TPU 0.7 bytes per weight at their peak.
             word = word + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
         word = mix(word)
     return jnp.broadcast_to((word ^ key[1]) * np.uint32(0x9E3779B1), shape)
