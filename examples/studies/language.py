@@ -112,9 +112,9 @@ SIZES = {
     for one in (
         task("7k", GPT(16, 1), center=-13),
         task("60k", SMALL, center=-14),
-        task("260k", GPT(64, 5), center=-15, seeds=8),
+        task("260k", GPT(64, 5), center=-15),
         task("1M", GPT(128, 5), center=-17, select=1, seeds=4),
-        task("4M", GPT(256, 5, dtype="bfloat16"), center=-18, select=1, seeds=4),
+        task("4M", GPT(256, 5, dtype="bfloat16"), center=-18, select=1, seeds=16),
         task("30M", GPT(512, 9, **LARGE), center=-20, select=1, seeds=2),
         task("100M", GPT(1024, 8, **LARGE), center=-21, select=1, seeds=2),
     )
