@@ -41,6 +41,7 @@ VARIANTS = {
     "half the rate": (1 / 2, {}),
     "a sixth of the rate": (1 / 6, {}),
     "cosine to 0.1": (1.0, {"end": 0.1}),
+    "b1 = 0.9": (1.0, {"b1": 0.9}),
     "b2 = 0.999": (1.0, {"b2": 0.999}),
     "a gradient times 1e6": (1.0, {"spike": 1e6}),
 }
