@@ -23,7 +23,9 @@ PICTURE = DOCS / "images" / "floors.svg"
 
 def with_part(page: str, name: str, part: str) -> str:
     """The text of a page with what stands between `<!-- name -->` and `<!-- end -->` exchanged."""
-    return re.sub(rf"(?<=<!-- {name} -->\n\n)(.*?)(?=<!-- end -->)", lambda _: part + "\n", page, flags=re.DOTALL)
+    return re.sub(
+        rf"(?<=<!-- {name} -->\n\n)(.*?)(?=<!-- end -->)", lambda _: part + "\n", page, count=1, flags=re.DOTALL
+    )
 
 
 def table(*rows: tuple) -> str:

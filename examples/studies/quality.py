@@ -4,7 +4,7 @@
     python examples/studies/quality.py table              # all arms, and other settings, on 60 thousand weights
     python examples/studies/quality.py line               # eight arms on 7 thousand to 1 million weights
     python examples/studies/quality.py line --sizes 4M    # larger ones, on an accelerator
-    python examples/studies/quality.py report             # tables, and docs/images/quality.png, of what is there
+    python examples/studies/quality.py report             # tables and pictures of what is there, in docs too
     python examples/studies/quality.py table --quick      # three arms of a tiny model, in a temporary folder
 
 Every arm takes its own best learning rate of the powers of sqrt(2), chosen with seeds that evaluate nothing; then fresh
@@ -24,18 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import training
-from arms import ARMS, FACTORED, LINE, ROWS
-from harness import gap
-from language import SIZES
-from matplotlib.figure import Figure
+from arms import ARMS, FACTORED, LINE
+from report import DOCS, TABLE_SIZE, Results, documentation, draw, draw_stiffness, report
 from tasks import TASKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
-PICTURES = pathlib.Path(__file__).parents[2] / "docs" / "images"
 MEASURED = ("loss", "seconds")
 TUNED = {"b1": (0.8, 0.9), "b2": (0.95, 0.98, 0.995), "warm_up": (0.05, 0.15)}
 DEFAULTS = {"b1": 0.9, "b2": 0.98, "warm_up": 0.05, "end": 0.0, "spike": 1.0}
-TUNING_SIZE, TABLE_SIZE = "60k", "60k"
+TUNING_SIZE = "60k"
 # Other settings: a multiple of the arm's best learning rate, and what differs. For headline arms.
 VARIANTS = {
     "half the rate": (1 / 2, {}),
@@ -169,101 +166,20 @@ def work(path: pathlib.Path, lanes: int, job: tuple, runner: Runner | None = Non
         study(runner, task, ARMS[arm], seeds, variants)
 
 
-def report(store: harness.Store) -> str:
-    """Per task the arms, their gaps to AdamW and to their twins, and the other settings of headline arms."""
-    numbers, results = tuned(store), evaluated(store)
-    parts = [f"AdamW tuned: b1 {numbers['b1']}, b2 {numbers['b2']}, warm-up {numbers['warm_up']:.0%} of the steps."]
-    for place in dict.fromkeys(place for place, role, _ in results if role == "evaluate"):
-        task, own = TASKS[place[0]], lambda role, arm, place=place: results.get((place, role, arm), {})
-        rows, others = [], []
-        for arm in (arm for arm in ARMS.values() if own("evaluate", arm.name)):
-            runs = own("evaluate", arm.name)
-            one = next(iter(runs.values()))
-            rate = f"2^{np.log2(one['learning_rate']):.1f}"
-            size = f"{training.bytes_per_weight(task, arm):.2f}"
-            rows.append([arm.name, size, rate, mean(runs), written(runs, own("evaluate", "adamw"))])
-            rows[-1] += [written(runs, own("evaluate", arm.twin)) if arm.twin else "", str(len(runs))]
-            variants = [
-                written(own(role, arm.name), own(role, arm.twin)) if arm.twin else mean(own(role, arm.name))
-                for role in VARIANTS
-            ]
-            if any(variants):
-                others.append([arm.name, *variants])
-        header = ["arm", "bytes", "rate", "loss", "to AdamW", "to its twin", "seeds"]
-        about = f"{task.matrices():,} weights, {task.steps:,} steps"
-        parts.append(f"## {task.name}\n\n{about} ({', '.join(place[1:])}).\n\n{harness.table(header, rows)}")
-        if others:
-            table = harness.table(["arm", *VARIANTS], others)
-            parts.append(f"### {task.name}, other settings: loss, or gap to the twin\n\n{table}")
-    return "\n\n".join(parts) + "\n"
-
-
-def evaluated(store: harness.Store) -> dict[tuple, dict[int, dict]]:
-    """Runs by seed, of ((task, device, jax), role, arm): those that have the hyperparameters of the last one."""
-    groups: dict[tuple, dict[tuple, dict[int, dict]]] = {}
-    for run in store.runs.values():
-        key = (run["task"], run["device"], run["jax"]), run["role"], run["arm"]
-        numbers = tuple(run[name] for name in training.HYPERPARAMETERS if name != "seed")
-        runs = groups.setdefault(key, {})
-        runs[numbers] = runs.pop(numbers, {}) | {run["seed"]: run}
-    return {key: list(runs.values())[-1] for key, runs in groups.items()}
-
-
-def losses_of(runs: dict[int, dict]) -> dict[int, float]:
-    return {seed: np.inf if run["loss"] is None else run["loss"] for seed, run in runs.items()}
-
-
-def mean(runs: dict[int, dict]) -> str:
-    return f"{np.mean(list(losses_of(runs).values())):.4f}" if runs else ""
-
-
-def written(own: dict[int, dict], reference: dict[int, dict]) -> str:
-    average, half, n = gap(losses_of(own), losses_of(reference))
-    return f"{average:+.4f} ± {half:.4f}" if n > 1 and own is not reference else ""
-
-
-def draw(store: harness.Store, path: pathlib.Path) -> None:
-    """The picture: gap to the float32 twin against the number of weights, of the arms of `line`."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes, results = figure.subplots(), evaluated(store)
-    for name in LINE:
-        points = []
-        for place, role, arm in results:
-            twin = results.get((place, role, ARMS[name].twin))
-            if arm == name and role == "evaluate" and twin and place[0] in SIZES:
-                average, half, _ = gap(*(losses_of(runs) for runs in (results[place, role, arm], twin)))
-                points.append((SIZES[place[0]].matrices(), average, half))
-        if points:
-            axes.errorbar(*np.transpose(sorted(points)), marker="o", capsize=3, label=name)
-    if not axes.get_legend_handles_labels()[0]:
-        return
-    axes.axhline(0, color="gray", linewidth=0.8)
-    axes.set(xscale="log", xlabel="weights", ylabel="validation loss above the float32 twin, nats")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def draw_stiffness(store: harness.Store, path: pathlib.Path) -> None:
-    """The picture: what a rate per row and stiffness after Adam cost AdamW, and each other."""
-    figure = Figure(figsize=(7, 2.2), layout="constrained")
-    axes, results = figure.subplots(), evaluated(store)
-    names = [ROWS, *(arm.name for arm in ARMS.values() if arm.twin == ROWS)]
-    for reference, color in (("adamw", "tab:blue"), (ROWS, "tab:orange")):
-        points = []
-        for i, name in enumerate(names):
-            for place, role, arm in results:
-                if (arm, role, place[0]) == (name, "evaluate", TABLE_SIZE) and name != reference:
-                    pair = (losses_of(results[place, role, which]) for which in (name, reference))
-                    points.append((*gap(*pair)[:2], i))
-        if points:
-            average, half, place = np.transpose(points)
-            axes.errorbar(average, place, xerr=half, fmt="o", capsize=3, color=color, label=f"above {reference}")
-    if not axes.get_legend_handles_labels()[0]:
-        return
-    axes.axvline(0, color="gray", linewidth=0.8)
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="validation loss, nats", ylim=(len(names) - 0.5, -0.5))
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+def publish(store: harness.Store, path: pathlib.Path) -> str:
+    """Writes the report and the pictures beside a file of runs; those of the repository go into its documentation."""
+    numbers, results = tuned(store), Results(store)
+    about = f"AdamW tuned: b1 {numbers['b1']}, b2 {numbers['b2']}, warm-up {numbers['warm_up']:.0%} of the steps."
+    text = report(results, about, list(VARIANTS))
+    path.with_suffix(".md").write_text(text)
+    pictures = path.parent
+    if path == RESULTS:
+        pictures = DOCS / "images"
+        for page, changed in documentation(results, list(VARIANTS)).items():
+            page.write_text(changed)
+    draw(results, pictures / "quality.png")
+    draw_stiffness(results, pictures / "stiffness.png")
+    return f"{text}\npictures: {pictures / 'quality.png'}, {pictures / 'stiffness.png'}"
 
 
 def main() -> None:
@@ -298,13 +214,7 @@ def main() -> None:
         else:
             harness.in_processes(work, [(args.out, args.lanes, job) for job in jobs], args.workers)
             store = harness.Store(args.out, MEASURED)
-    page = report(store)
-    args.out.with_suffix(".md").write_text(page)
-    pictures = PICTURES if args.out == RESULTS else args.out.parent
-    draw(store, pictures / "quality.png")
-    draw_stiffness(store, pictures / "stiffness.png")
-    print(page)
-    print(f"pictures: {pictures / 'quality.png'}, {pictures / 'stiffness.png'}")
+    print(publish(store, args.out))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""What the runs of `quality.py` say: tables, pictures, and the parts of the documentation that are made of them."""
+
+import pathlib
+import re
+
+import harness
+import numpy as np
+import training
+from arms import ARMS, LINE, ROWS
+from harness import gap
+from language import SIZES
+from matplotlib.figure import Figure
+from tasks import TASKS
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+TABLE_SIZE = "60k"
+STIFFNESS = (ROWS, *(arm.name for arm in ARMS.values() if arm.twin == ROWS))
+Runs = dict[int, dict]  # By seed.
+Place = tuple[str, str, str]  # Task, kind of device, version of jax: what is compared was trained in one place.
+
+
+class Results:
+    """The runs of a store that evaluate, and those of other settings."""
+
+    def __init__(self, store: harness.Store):
+        groups: dict[tuple, dict[tuple, Runs]] = {}
+        for run in store.runs.values():
+            key = (run["task"], run["device"], run["jax"]), run["role"], run["arm"]
+            numbers = tuple(run[name] for name in training.HYPERPARAMETERS if name != "seed")
+            runs = groups.setdefault(key, {})
+            runs[numbers] = runs.pop(numbers, {}) | {run["seed"]: run}
+        # Those that have the hyperparameters of the last one.
+        self.runs = {key: list(runs.values())[-1] for key, runs in groups.items()}
+        places = dict.fromkeys(place for place, role, _ in self.runs if role == "evaluate")
+        order = list(TASKS)
+        self.places = sorted(places, key=lambda place: order.index(place[0]))
+
+    def of(self, place: Place, arm: str, role: str = "evaluate") -> Runs:
+        return self.runs.get((place, role, arm), {})
+
+    def gap(self, place: Place, arm: str, reference: str | None, role: str = "evaluate") -> tuple[float, float, int]:
+        return gap(*(losses_of(self.of(place, name, role)) for name in (arm, reference)))
+
+    def written(self, place: Place, arm: str, reference: str | None, role: str = "evaluate", digits: int = 4) -> str:
+        """The mean gap with its 95 % interval, empty where nothing was compared."""
+        average, half, n = self.gap(place, arm, reference, role)
+        return f"{average:+.{digits}f} ± {half:.{digits}f}" if n > 1 and arm != reference else ""
+
+    def mean(self, place: Place, arm: str, role: str = "evaluate", digits: int = 4) -> str:
+        losses = list(losses_of(self.of(place, arm, role)).values())
+        return f"{np.mean(losses):.{digits}f}" if losses else ""
+
+
+def losses_of(runs: Runs) -> dict[int, float]:
+    return {seed: np.inf if run["loss"] is None else run["loss"] for seed, run in runs.items()}
+
+
+# Tables
+
+
+def arms_table(results: Results, place: Place, arms: list[str], digits: int = 4) -> str:
+    """Bytes, best rate, loss, gaps to AdamW and to the twin."""
+    rows = []
+    for arm in (ARMS[name] for name in arms if results.of(place, name)):
+        runs = results.of(place, arm.name)
+        size = f"{training.bytes_per_weight(TASKS[place[0]], arm):.2f}"
+        rate = f"2^{np.log2(next(iter(runs.values()))['learning_rate']):.1f}"
+        gaps = [results.written(place, arm.name, other, digits=digits) for other in ("adamw", arm.twin)]
+        rows.append([arm.name, size, rate, results.mean(place, arm.name, digits=digits), *gaps, str(len(runs))])
+    return harness.table(["arm", "bytes", "rate", "loss", "to AdamW", "to its twin", "seeds"], rows)
+
+
+def settings_table(results: Results, place: Place, roles: list[str], digits: int = 4) -> str:
+    """Of other settings: the gap to the twin in the same setting, or the loss where there is no twin."""
+    rows = []
+    for arm in ARMS.values():
+        cells = [
+            results.written(place, arm.name, arm.twin, role, digits)
+            if arm.twin
+            else results.mean(place, arm.name, role, digits)
+            for role in roles
+        ]
+        if any(cells):
+            rows.append([arm.name, *cells])
+    return harness.table(["arm", *roles], rows) if rows else ""
+
+
+def gaps_table(results: Results, places: list[Place], to_twin: bool) -> str:
+    """Gaps of the arms of `line`, by place, with the number of seeds."""
+
+    def cell(place, arm):
+        text = results.written(place, arm.name, arm.twin if to_twin else "adamw", digits=3)
+        if text:
+            return f"{text} ({results.gap(place, arm.name, arm.twin if to_twin else 'adamw')[2]})"
+        return results.mean(place, arm.name, digits=3) if arm.name == "adamw" else ""
+
+    arms = [ARMS[name] for name in LINE if ARMS[name].twin or not to_twin]
+    heads = [f"{head(place)} ({place[1].removeprefix('NVIDIA ').replace('cpu', 'CPU')})" for place in places]
+    return harness.table(["arm", *heads], [[arm.name, *(cell(place, arm) for place in places)] for arm in arms])
+
+
+def head(place: Place) -> str:
+    task = TASKS[place[0]]
+    return f"{task.matrices():,}" if task.name in SIZES else task.name
+
+
+def report(results: Results, about: str, roles: list[str]) -> str:
+    """Per place the arms, their gaps to AdamW and to their twins, and other settings."""
+    parts = [about]
+    for place in results.places:
+        task = TASKS[place[0]]
+        about = f"{task.matrices():,} weights, {task.steps:,} steps ({', '.join(place[1:])})."
+        parts.append(f"## {task.name}\n\n{about}\n\n{arms_table(results, place, list(ARMS))}")
+        if table := settings_table(results, place, roles):
+            parts.append(f"### {task.name}, other settings: loss, or gap to the twin\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]:
+    """The pages that have tables between `<!-- name -->` and `<!-- end -->`, with those of these results."""
+    of_task = {place[0]: place for place in results.places}
+    table, sizes = of_task[TABLE_SIZE], [place for place in results.places if place[0] in SIZES]
+    others = [place for place in results.places if place[0] not in (*SIZES, "tiny")]
+    tables = {
+        "line, to twins": gaps_table(results, sizes, True),
+        "line, to AdamW": gaps_table(results, sizes, False),
+        "arms": arms_table(results, table, [name for name in ARMS if name not in STIFFNESS], 3),
+        "settings": settings_table(results, table, roles, 3),
+        "others, to twins": gaps_table(results, others, True),
+        "others, to AdamW": gaps_table(results, others, False),
+        "stiffness": arms_table(results, table, list(STIFFNESS), 3),
+    }
+
+    def with_tables(text):
+        for name, table in tables.items():
+            place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n\n).*?(?=<!-- end -->)", re.DOTALL)
+            text = place.sub(lambda _, table=table: table + "\n\n", text, count=1)
+        return text
+
+    pages = [DOCS / "results" / name for name in ("quality.md", "format-study.md")]
+    return {page: with_tables(page.read_text()) for page in pages}
+
+
+# Pictures
+
+
+def draw(results: Results, path: pathlib.Path) -> None:
+    """Gap to the float32 twin against the number of weights, of the arms of `line`."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in LINE:
+        points = []
+        for place in results.places:
+            if place[0] in SIZES and results.of(place, name) and results.of(place, ARMS[name].twin):
+                points.append((SIZES[place[0]].matrices(), *results.gap(place, name, ARMS[name].twin)[:2]))
+        if points:
+            axes.errorbar(*np.transpose(sorted(points)), marker="o", capsize=3, label=name)
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set(xscale="log", xlabel="weights", ylabel="validation loss above the float32 twin, nats")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_stiffness(results: Results, path: pathlib.Path) -> None:
+    """What a rate per row and stiffness after Adam cost AdamW, and each other."""
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
+    axes = figure.subplots()
+    for reference, color in (("adamw", "tab:blue"), (ROWS, "tab:orange")):
+        points = [
+            (*results.gap(place, name, reference)[:2], i)
+            for i, name in enumerate(STIFFNESS)
+            for place in results.places
+            if place[0] == TABLE_SIZE and name != reference and results.of(place, name)
+        ]
+        if points:
+            average, half, place = np.transpose(points)
+            axes.errorbar(average, place, xerr=half, fmt="o", capsize=3, color=color, label=f"above {reference}")
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set(
+        yticks=range(len(STIFFNESS)),
+        yticklabels=STIFFNESS,
+        xlabel="validation loss, nats",
+        ylim=(len(STIFFNESS) - 0.5, -0.5),
+    )
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
