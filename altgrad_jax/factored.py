@@ -135,14 +135,16 @@ def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
 
     The means are over the finite, nonzero squares; for normally distributed numbers the result is about their mean.
     """
-    # Cast here, because the operand of a conditional is written out: float32 may be twice the bytes of the gradient.
-    size = jnp.abs(as_real(g).astype(means[0].dtype))
-    counts = (size > 0) & (size < jnp.inf)
-    terms = jnp.where(counts, jnp.log(size), 0), counts.astype(size.dtype)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
 
+    def terms(g):
+        # Cast here, because the operand of a conditional is written out, and the gradient may have half the bytes.
+        size = jnp.abs(as_real(g).astype(means[0].dtype))
+        counts = (size > 0) & (size < jnp.inf)
+        return jnp.where(counts, jnp.log(size), 0), counts.astype(size.dtype)
+
     def added(terms, axes):
-        return tuple(jnp.expand_dims(x, axes) for x in lax.reduce(terms, (size.dtype.type(0),) * 2, add, axes))
+        return tuple(jnp.expand_dims(x, axes) for x in lax.reduce(terms, (terms[0].dtype.type(0),) * 2, add, axes))
 
     def geometric(sums, mean):
         logarithm, number = sums
@@ -150,8 +152,10 @@ def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
         return jnp.where(means[2] > 0, mean, jnp.minimum(square, 2.0**100))
 
     over_columns, over_rows = _averaged(g.shape)
-    rows = added(terms, over_columns)
-    return tuple(map(geometric, (rows, added(terms, over_rows), added(rows, over_rows)), means))
+    rows = added(terms(g), over_columns)
+    # Behind a barrier, because XLA:GPU would write the terms out for both sums, 5 bytes per element.
+    columns = added(terms(lax.optimization_barrier(g)), over_rows)
+    return tuple(map(geometric, (rows, columns, added(rows, over_rows)), means))
 
 
 def _mean(x: Array, axes: tuple[int, ...]) -> Array:

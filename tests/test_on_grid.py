@@ -20,6 +20,7 @@ from quick import some
 import altgrad_jax as ag
 import altgrad_jax.flax_support
 from altgrad_jax.on_grid import _rates, moved
+from altgrad_jax.scales import with_level
 
 ADAM = functools.partial(optax.adamw, 1e-2)
 # Adam without a first moment: the momentum of on_grid takes its place.
@@ -538,6 +539,30 @@ class TestDeterminism:
                 checkpointer.wait_until_finished()
                 half = checkpointer.restore(tmp_path / "half", jax.eval_shape(lambda: half))
         chex.assert_trees_all_equal(run(tx, *half, gradients, 3), through)
+
+
+class TestPlatforms:
+    @pytest.mark.parametrize("dtypes", [["int8"], ["int8", "int8"], ["int16", "int8"], ["int16", "int16"]])
+    def test_what_is_written_for_one_of_them_gives_the_bits_of_all(self, dtypes, monkeypatch):
+        """The level is that of the largest of a row, whatever the compiler is given."""
+        rng, shape = np.random.default_rng(0), (64, 32)
+        magnitude = np.float32(np.exp2(rng.uniform(-150, 30, shape))).view(np.int32)
+        magnitude[:, ::3], magnitude[7] = 0, 0
+        indices = [jnp.asarray(rng.integers(-99, 99, shape), jnp.int32) for _ in dtypes]
+        results, format = {}, ag.as_format("E4M3")
+        for platform in ("cpu", "cuda", "rocm", "default"):
+
+            def choose(*args, default, p=platform, **branches):
+                return branches.get(p, default)(*args)
+
+            def levels(magnitude, *indices):
+                return with_level(list(zip(indices, map(np.dtype, dtypes), strict=True)), magnitude, (64, 1), format)
+
+            monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+            results[platform] = jax.jit(levels)(magnitude, *indices)
+        for result in results.values():
+            chex.assert_trees_all_equal(result, results["default"])
+            chex.assert_trees_all_equal(result[0], [i.astype(d) for i, d in zip(indices, dtypes, strict=True)])
 
 
 class TestStacks:
