@@ -106,13 +106,13 @@ class TestWholeStep:
     def test_of_layers_that_are_updated_in_the_backward_pass(self):
         """Gradients of one layer at a time, for as many cycles as a rematerialised step of all gradients takes."""
         ways = ["value_and_grad, factored", "layerwise, factored"]
-        whole, layerwise = measured("tpu_memory.py", "--ways", *ways, "--layers", "4")
+        whole, layerwise = measured("peak_memory.py", "--ways", *ways, "--layers", "4")
         assert layerwise["peak"] <= 2.7
         assert whole["peak"] <= 4.3
         assert layerwise["million_cycles"] <= 1.15 * whole["million_cycles"]
 
     def test_of_all_weights_of_llama_2_7b(self):
         """With a momentum for each, on one v5e of 16 GB."""
-        (line,) = measured("tpu_memory.py", "--ways", "layerwise, factored", "--layers", "32")
+        (line,) = measured("peak_memory.py", "--ways", "layerwise, factored", "--layers", "32")
         assert line["weights"] == 6_738_415_616
         assert line["peak"] <= 2.3

@@ -24,20 +24,13 @@ many layers at once.
 import argparse
 import functools
 import json
-import os
 
-# Set before jax is imported: libtpu must not look for a machine that is not there.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+import targets  # Before jax.
 
+# isort: split
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 
 import altgrad_jax as ag
 
@@ -138,7 +131,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one line of JSON, of 12 layers that are 1024 wide")
     arguments = parser.parse_args()
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    device = targets.devices("v5e:2x2")[0]
     if arguments.json:
         print(json.dumps({way: peak(way, 12, 1024, device) for way in ("8bit", "factored")}))
         return

@@ -47,24 +47,17 @@ import functools
 import importlib
 import json
 import math
-import os
 import re
 import time
 from typing import Any
 from unittest import mock
 
-# Set before jax is imported: libtpu must not look for a machine that is not there.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+import targets  # Before jax.
 
+# isort: split
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 
 import altgrad_jax as ag
 from altgrad_jax import factored
@@ -211,7 +204,7 @@ def main():
     parser.add_argument("--leaves", type=int, help="compilation of so many leaves of four shapes")
     parser.add_argument("--roofline", action="store_true", help="times by bytes and by operations")
     arguments = parser.parse_args()
-    device = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology).devices[0]
+    device = targets.devices(arguments.topology)[0]
     if arguments.roofline or arguments.leaves:
         roofline(device) if arguments.roofline else many_leaves(arguments.leaves, device)
         return

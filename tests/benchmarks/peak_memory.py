@@ -1,9 +1,10 @@
-"""Bytes per weight at the peak of a training step of Llama-2-7B's shapes on TPUs, as XLA compiles it for them.
+"""Bytes per weight at the peak of a training step of Llama-2-7B's shapes, as XLA compiles it for a TPU or GPU.
 
-Needs no TPU: `pip install -e ".[tpu]"`, then
+Needs neither (`targets.py`):
 
-    python tests/benchmarks/tpu_memory.py --layers 1 2 --largest    # all ways; half an hour
-    python tests/benchmarks/tpu_memory.py --ways "layerwise, factored" --layers 32
+    python tests/benchmarks/peak_memory.py --layers 1 2 --largest    # all ways; half an hour
+    python tests/benchmarks/peak_memory.py --ways "layerwise, factored" --layers 32
+    python tests/benchmarks/peak_memory.py --topology H200           # all ways; three minutes
 
 Layers of 4096 x 11008 with 32 heads, vocabulary 32,000, one sequence of 2048 tokens, activations in bfloat16; attention
 in groups of heads and the loss in parts of the sequence, so that activations do not decide. The peak is what XLA's
@@ -15,29 +16,22 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import re
 import time
 
-# Set before jax is imported: libtpu must not look for a machine that is not there.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+import targets  # Before jax.
 
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
 from llama import BFLOAT16, Llama, whole
 
 import altgrad_jax as ag
 
 MODEL = Llama()
-HBM_GIB = {"TPU v5 lite": 15.75, "TPU v6 lite": 31.25}
+HBM_GIB = {"TPU v5 lite": 15.75, "TPU v6 lite": 31.25, "NVIDIA H100": 78, "NVIDIA H200": 139}
 GATHER: list = []  # The mesh of all chips, in which layers gather their weights as integers.
 
 
@@ -112,7 +106,7 @@ def compiled(way: str, layers: int, devices: list) -> dict:
     program = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
     memory = program.memory_analysis()
     try:
-        million_cycles = round(cycles(program.as_text()) / 1e6, 1)
+        million_cycles = round(cycles(program.as_text()) / 1e6, 1) or None  # XLA:GPU estimates none.
     except jax.errors.JaxRuntimeError:  # Jaxlib 0.10 cannot print some programs for v6e.
         million_cycles = None
     resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -158,13 +152,13 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", type=int, default=[32])
     parser.add_argument("--largest", action="store_true", help="goes on from two numbers of layers to the largest one")
     parser.add_argument("--sharded", action="store_true", help="rows and sequences over all chips of the topology")
-    parser.add_argument("--topology", default="v5e:2x2", help="default: %(default)s")
+    parser.add_argument("--topology", default="v5e:2x2", help="of TPUs, or H100 or H200; default: %(default)s")
     parser.add_argument("--json", help="file to which the lines go")
     args = parser.parse_args()
     if args.largest and len(args.layers) != 2:
         parser.error("--largest needs two numbers of layers that fit, such as --layers 1 2")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-    devices = list(devices) if args.sharded else [devices[0]]
+    devices = targets.devices(args.topology)
+    devices = devices if args.sharded else devices[:1]
 
     def tried(way: str, layers: int) -> dict:
         try:
