@@ -137,7 +137,7 @@ def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
     """
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
 
-    def terms(g):
+    def logarithms(g):
         # Cast here, because the operand of a conditional is written out, and the gradient may have half the bytes.
         size = jnp.abs(as_real(g).astype(means[0].dtype))
         counts = (size > 0) & (size < jnp.inf)
@@ -152,9 +152,10 @@ def _first(g: Array, means: tuple[Array, ...]) -> tuple[Array, ...]:
         return jnp.where(means[2] > 0, mean, jnp.minimum(square, 2.0**100))
 
     over_columns, over_rows = _averaged(g.shape)
-    rows = added(terms(g), over_columns)
-    # Behind a barrier, because XLA:GPU would write the terms out for both sums, 5 bytes per element.
-    columns = added(terms(lax.optimization_barrier(g)), over_rows)
+    rows = added(logarithms(g), over_columns)
+    # Without the barrier XLA:GPU writes the logarithms out for both sums, 5 bytes per element.
+    again = lax.platform_dependent(g, cuda=lax.optimization_barrier, default=lambda g: g)
+    columns = added(logarithms(again), over_rows)
     return tuple(map(geometric, (rows, columns, added(rows, over_rows)), means))
 
 

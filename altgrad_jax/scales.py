@@ -103,16 +103,15 @@ def with_level(
         stored = [(word >> shift).astype(dtype) for shift, dtype in zip(shifts, dtypes, strict=True)]
         return stored, row_maximum(word, shape) >> 24
 
-    # XLA:GPU does not compute two indices and a maximum in one kernel, but passes float32 numbers between two: 21 bytes
-    # per element in place of 12. After the barrier the maximum reads one byte.
+    # XLA:GPU does not compute two indices and a maximum in one kernel: it passes float32 numbers between two, 21 bytes
+    # per element in a step of `grid_adamw` instead of 12. Behind the barrier the maximum reads one byte.
     def apart(magnitude, *indices):
-        *stored, levels = lax.optimization_barrier((*cast(indices), level(magnitude).astype(jnp.int8)))
-        return stored, row_maximum(levels, shape).astype(jnp.int32)
+        levels = lax.optimization_barrier(level(magnitude).astype(jnp.int8))
+        return cast(indices), row_maximum(levels, shape).astype(jnp.int32)
 
     two = len(dtypes) == 2
     cpu = packed if two and sum(dtype.itemsize for dtype in dtypes) < 4 else narrow
-    gpu = apart if two else wide
-    return lax.platform_dependent(magnitude, *arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=wide)
+    return lax.platform_dependent(magnitude, *arrays, cpu=cpu, cuda=apart if two else wide, default=wide)
 
 
 def row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

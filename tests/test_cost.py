@@ -1,4 +1,4 @@
-"""Bytes moved by the programs that XLA compiles for a TPU v5e: deterministic, and no TPU needed."""
+"""Bytes moved by the programs that XLA compiles for a TPU v5e and an H200: deterministic, and neither is needed."""
 
 import importlib.util
 import json
@@ -11,13 +11,13 @@ import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parent / "benchmarks"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu` (Linux)"),
-]
+pytestmark = pytest.mark.slow
 
 
 def measured(program, *options):
+    extra, package = ("gpu", "jax_cuda13_plugin") if program == "gpu_bytes.py" else ("tpu", "libtpu")
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs the extra `{extra}` (Linux)")
     # In a process of its own, because libtpu and the CPU backend of the other tests cannot share one.
     environment = os.environ | {"XLA_FLAGS": ""}
     command = [sys.executable, BENCHMARKS / program, *(options or ["--json"])]
@@ -30,6 +30,11 @@ def measured(program, *options):
 @pytest.fixture(scope="module")
 def costs():
     return measured("tpu_bytes.py")
+
+
+@pytest.fixture(scope="module")
+def costs_of_gpu():
+    return {line["arm"]: line for line in measured("gpu_bytes.py", "--json")}
 
 
 class TestOneMatrix:
@@ -116,3 +121,22 @@ class TestWholeStep:
         (line,) = measured("peak_memory.py", "--ways", "layerwise, factored", "--layers", "32")
         assert line["weights"] == 6_738_415_616
         assert line["peak"] <= 2.3
+
+
+class TestGPU:
+    """As compiled for an H200, on a machine without one."""
+
+    @pytest.mark.parametrize(
+        ("arm", "moved", "temporary"),
+        [
+            ("optax.adamw", 28.1, 0.1),
+            ("grid_adamw, factored", 12.1, 1.1),
+            ("grid_adamw, 8bit", 10.1, 1.1),
+            ("grid_adamw, float32", 16.1, 1.1),
+            ("grid_adamw, b1 = 0, 16 bits", 10.1, 0.1),
+            ("compress_state(on_grid(lion))", 8.1, 1.1),
+        ],
+    )
+    def test_bytes(self, costs_of_gpu, arm, moved, temporary):
+        assert costs_of_gpu[arm]["bytes"] <= moved
+        assert costs_of_gpu[arm]["temporary"] <= temporary

@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import jax
@@ -130,7 +131,7 @@ class TestQuality:
         monkeypatch.setattr(studies["quality"], "compiled", None)
         assert study(lanes=1).read_text() == text
         store = studies["harness"].Store(path, studies["quality"].MEASURED)
-        page = studies["quality"].publish(store, path)
+        page = studies["quality"].publish(store, path, path.parent)
         assert "| adamw | 12.09 |" in page  # Three numbers per weight, and the gains of norms.
 
 
@@ -138,26 +139,26 @@ class TestPublished:
     """What the repository says of the runs that it holds. Else run `python examples/studies/quality.py report`."""
 
     @pytest.fixture
-    def results(self, studies):
+    def results(self, studies, tmp_path):
+        """Of the compressed runs alone."""
         quality = studies["quality"]
-        return quality.Results(studies["harness"].Store(quality.RESULTS, quality.MEASURED))
+        shutil.copy(f"{quality.RESULTS}.xz", tmp_path)
+        return quality.Results(studies["harness"].Store(tmp_path / quality.RESULTS.name, quality.MEASURED))
 
     def test_pages_have_its_tables(self, studies, results):
         pages = studies["report"].documentation(results, list(studies["quality"].VARIANTS))
         for page, text in pages.items():
             assert page.read_text() == text
-            assert text.count("± ") > 2
 
     def test_readme(self, studies, results):
         places = [place for place in results.places if place[0] in studies["language"].SIZES]
         gaps = {place: results.gap(place, "2 bytes e3m4", "adamw") for place in places}
-        gaps = {place[0]: mean for place, (mean, _, number) in gaps.items() if number}
-        assert len(gaps) == 5
-        assert max(map(abs, gaps.values())) < 0.01
-        text = (ROOT / "README.md").read_text()
-        assert (
-            "On five language models of 7 thousand to 4 million weights the mean validation loss is within 0.01" in text
-        )
+        gaps = {place: gap for place, gap in gaps.items() if gap[2]}
+        assert len({place[0] for place in gaps}) == 5
+        means, halves, _ = zip(*gaps.values(), strict=True)
+        claim = "On five language models of 7 thousand to 4 million weights the mean validation loss is "
+        claim += f"{min(means):.3f} to {max(means):.3f} nats above that of tuned float32 AdamW (± {min(halves):.3f} to "
+        assert claim + f"{max(halves):.3f}" in (ROOT / "README.md").read_text()
 
 
 def test_every_arm_has_its_twin(studies):

@@ -166,17 +166,12 @@ def work(path: pathlib.Path, lanes: int, job: tuple, runner: Runner | None = Non
         study(runner, task, ARMS[arm], seeds, variants)
 
 
-def publish(store: harness.Store, path: pathlib.Path) -> str:
-    """Writes the report and the pictures beside a file of runs; those of the repository go into its documentation."""
+def publish(store: harness.Store, path: pathlib.Path, pictures: pathlib.Path) -> str:
+    """Writes the report beside a file of runs, and the pictures into a folder."""
     numbers, results = tuned(store), Results(store)
     about = f"AdamW tuned: b1 {numbers['b1']}, b2 {numbers['b2']}, warm-up {numbers['warm_up']:.0%} of the steps."
     text = report(results, about, list(VARIANTS))
     path.with_suffix(".md").write_text(text)
-    pictures = path.parent
-    if path == RESULTS:
-        pictures = DOCS / "images"
-        for page, changed in documentation(results, list(VARIANTS)).items():
-            page.write_text(changed)
     draw(results, pictures / "quality.png")
     draw_stiffness(results, pictures / "stiffness.png")
     return f"{text}\npictures: {pictures / 'quality.png'}, {pictures / 'stiffness.png'}"
@@ -214,7 +209,11 @@ def main() -> None:
         else:
             harness.in_processes(work, [(args.out, args.lanes, job) for job in jobs], args.workers)
             store = harness.Store(args.out, MEASURED)
-    print(publish(store, args.out))
+    of_repository = args.command == "report" and args.out == RESULTS
+    if of_repository:
+        for page, text in documentation(Results(store), list(VARIANTS)).items():
+            page.write_text(text)
+    print(publish(store, args.out, DOCS / "images" if of_repository else args.out.parent))
 
 
 if __name__ == "__main__":

@@ -31,24 +31,33 @@ class Results:
             runs[numbers] = runs.pop(numbers, {}) | {run["seed"]: run}
         # Those that have the hyperparameters of the last one.
         self.runs = {key: list(runs.values())[-1] for key, runs in groups.items()}
-        places = dict.fromkeys(place for place, role, _ in self.runs if role == "evaluate")
         order = list(TASKS)
-        self.places = sorted(places, key=lambda place: order.index(place[0]))
+        places = {place for place, role, _ in self.runs if role == "evaluate"}
+        self.places = sorted(places, key=lambda place: (order.index(place[0]), place))
 
     def of(self, place: Place, arm: str, role: str = "evaluate") -> Runs:
         return self.runs.get((place, role, arm), {})
+
+    def only(self, task: str) -> Place:
+        """The place of a task that was trained in one."""
+        places = [place for place in self.places if place[0] == task]
+        if len(places) != 1:
+            raise ValueError(f"{task} must have been trained in one place to be a table of a page, got {places}.")
+        return places[0]
 
     def gap(self, place: Place, arm: str, reference: str | None, role: str = "evaluate") -> tuple[float, float, int]:
         return gap(*(losses_of(self.of(place, name, role)) for name in (arm, reference)))
 
     def written(self, place: Place, arm: str, reference: str | None, role: str = "evaluate", digits: int = 4) -> str:
-        """The mean gap with its 95 % interval, empty where nothing was compared."""
-        average, half, n = self.gap(place, arm, reference, role)
-        return f"{average:+.{digits}f} ± {half:.{digits}f}" if n > 1 and arm != reference else ""
+        """The mean gap with its 95 % interval and the number of pairs; empty where nothing was compared."""
+        average, half, number = self.gap(place, arm, reference, role)
+        if number < 2 or arm == reference:
+            return ""
+        return f"{average:+.{digits}f} ± {half:.{digits}f} ({number})" if np.isfinite(average) else "diverged"
 
     def mean(self, place: Place, arm: str, role: str = "evaluate", digits: int = 4) -> str:
         losses = list(losses_of(self.of(place, arm, role)).values())
-        return f"{np.mean(losses):.{digits}f}" if losses else ""
+        return f"{np.mean(losses):.{digits}f} ({len(losses)})" if losses else ""
 
 
 def losses_of(runs: Runs) -> dict[int, float]:
@@ -59,15 +68,14 @@ def losses_of(runs: Runs) -> dict[int, float]:
 
 
 def arms_table(results: Results, place: Place, arms: list[str], digits: int = 4) -> str:
-    """Bytes, best rate, loss, gaps to AdamW and to the twin."""
+    """Bytes, best rate, loss, gaps to AdamW and to the twin, with the number of seeds of each."""
     rows = []
     for arm in (ARMS[name] for name in arms if results.of(place, name)):
-        runs = results.of(place, arm.name)
         size = f"{training.bytes_per_weight(TASKS[place[0]], arm):.2f}"
-        rate = f"2^{np.log2(next(iter(runs.values()))['learning_rate']):.1f}"
+        rate = f"2^{np.log2(next(iter(results.of(place, arm.name).values()))['learning_rate']):.1f}"
         gaps = [results.written(place, arm.name, other, digits=digits) for other in ("adamw", arm.twin)]
-        rows.append([arm.name, size, rate, results.mean(place, arm.name, digits=digits), *gaps, str(len(runs))])
-    return harness.table(["arm", "bytes", "rate", "loss", "to AdamW", "to its twin", "seeds"], rows)
+        rows.append([arm.name, size, rate, results.mean(place, arm.name, digits=digits), *gaps])
+    return harness.table(["arm", "bytes", "rate", "loss", "to AdamW", "to its twin"], rows)
 
 
 def settings_table(results: Results, place: Place, roles: list[str], digits: int = 4) -> str:
@@ -86,22 +94,21 @@ def settings_table(results: Results, place: Place, roles: list[str], digits: int
 
 
 def gaps_table(results: Results, places: list[Place], to_twin: bool) -> str:
-    """Gaps of the arms of `line`, by place, with the number of seeds."""
+    """Gaps of the arms of `line` by place; of AdamW itself the loss."""
 
-    def cell(place, arm):
-        text = results.written(place, arm.name, arm.twin if to_twin else "adamw", digits=3)
-        if text:
-            return f"{text} ({results.gap(place, arm.name, arm.twin if to_twin else 'adamw')[2]})"
-        return results.mean(place, arm.name, digits=3) if arm.name == "adamw" else ""
+    def cell(arm, place):
+        if arm.name == "adamw":
+            return results.mean(place, arm.name, digits=3)
+        return results.written(place, arm.name, arm.twin if to_twin else "adamw", digits=3)
 
     arms = [ARMS[name] for name in LINE if ARMS[name].twin or not to_twin]
-    heads = [f"{head(place)} ({place[1].removeprefix('NVIDIA ').replace('cpu', 'CPU')})" for place in places]
-    return harness.table(["arm", *heads], [[arm.name, *(cell(place, arm) for place in places)] for arm in arms])
+    return harness.table(["arm", *map(head, places)], [[arm.name, *(cell(arm, p) for p in places)] for arm in arms])
 
 
 def head(place: Place) -> str:
-    task = TASKS[place[0]]
-    return f"{task.matrices():,}" if task.name in SIZES else task.name
+    """Number of weights or name of the task, and the device."""
+    task, device = TASKS[place[0]], place[1].removeprefix("NVIDIA ").replace("cpu", "CPU")
+    return f"{task.matrices():,} ({device})" if task.name in SIZES else f"{task.name} ({device})"
 
 
 def report(results: Results, about: str, roles: list[str]) -> str:
@@ -118,27 +125,29 @@ def report(results: Results, about: str, roles: list[str]) -> str:
 
 def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]:
     """The pages that have tables between `<!-- name -->` and `<!-- end -->`, with those of these results."""
-    of_task = {place[0]: place for place in results.places}
-    table, sizes = of_task[TABLE_SIZE], [place for place in results.places if place[0] in SIZES]
-    others = [place for place in results.places if place[0] not in (*SIZES, "tiny")]
+    small, sizes = results.only(TABLE_SIZE), [place for place in results.places if place[0] in SIZES]
+    others = [place for place in results.places if place[0] not in SIZES]
     tables = {
         "line, to twins": gaps_table(results, sizes, True),
         "line, to AdamW": gaps_table(results, sizes, False),
-        "arms": arms_table(results, table, [name for name in ARMS if name not in STIFFNESS], 3),
-        "settings": settings_table(results, table, roles, 3),
+        "arms": arms_table(results, small, [name for name in ARMS if name not in STIFFNESS], 3),
+        "settings": settings_table(results, small, roles, 3),
         "others, to twins": gaps_table(results, others, True),
         "others, to AdamW": gaps_table(results, others, False),
-        "stiffness": arms_table(results, table, list(STIFFNESS), 3),
+        "stiffness": arms_table(results, small, list(STIFFNESS), 3),
     }
 
     def with_tables(text):
-        for name, table in tables.items():
-            place = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n\n).*?(?=<!-- end -->)", re.DOTALL)
-            text = place.sub(lambda _, table=table: table + "\n\n", text, count=1)
+        for name in re.findall(r"<!-- (?!end)(.*) -->", text):
+            part = re.compile(rf"(?<=<!-- {re.escape(name)} -->\n\n).*?(?=<!-- end -->)", re.DOTALL)
+            text = part.sub(lambda _, name=name: tables.pop(name) + "\n\n", text, count=1)
         return text
 
     pages = [DOCS / "results" / name for name in ("quality.md", "format-study.md")]
-    return {page: with_tables(page.read_text()) for page in pages}
+    written = {page: with_tables(page.read_text()) for page in pages}
+    if tables:
+        raise ValueError(f"the pages have no place for {', '.join(tables)}: add <!-- name --> and <!-- end -->.")
+    return written
 
 
 # Pictures
@@ -175,8 +184,8 @@ def draw_stiffness(results: Results, path: pathlib.Path) -> None:
             if place[0] == TABLE_SIZE and name != reference and results.of(place, name)
         ]
         if points:
-            average, half, place = np.transpose(points)
-            axes.errorbar(average, place, xerr=half, fmt="o", capsize=3, color=color, label=f"above {reference}")
+            average, half, row = np.transpose(points)
+            axes.errorbar(average, row, xerr=half, fmt="o", capsize=3, color=color, label=f"above {reference}")
     if not axes.get_legend_handles_labels()[0]:
         return
     axes.axvline(0, color="gray", linewidth=0.8)

@@ -10,8 +10,8 @@ Needs no GPU (`targets.py`):
     grid_adamw, factored             12.03 bytes per weight,   1.00 temporary,  4 kernels
 
 Per arm of `gpu.py`: what the kernels read and write, with bfloat16 gradients for stored weights, and the most temporary
-bytes. Kernels of less than 0.1 bytes per weight are left out, and so are conditionals, which an ordinary step does not
-take; their temporary bytes count. On an H200 the temporary bytes of a run were those of the compiler (`gpu.py`).
+bytes. Kernels of less than 0.1 bytes per weight are left out, and so are the conditionals of a first step; their
+temporary bytes count. At commit 3dea01e the temporary bytes were those of a run on an H200 (`gpu.py`).
 """
 
 import argparse
@@ -39,7 +39,7 @@ NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "
 def nbytes(type: str) -> int:
     """Of a type of HLO, which may be a tuple."""
     shapes = re.findall(r"(\w+)\[([\d,]*)\]", type)
-    return sum(WIDTH.get(dtype, 0) * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in shapes)
+    return sum(WIDTH[dtype] * math.prod(map(int, filter(None, shape.split(",")))) for dtype, shape in shapes)
 
 
 def kernels(text: str) -> list[tuple[str, int, int]]:
@@ -68,13 +68,13 @@ def compiled(tx, store, dtype, device):
         return optax.apply_updates(params, updates), state
 
     gradient = placed(jax.ShapeDtypeStruct(SHAPE, dtype))
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradient).compile()
+    return targets.compiled(jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradient), device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=targets.HOPPER, default="H200", help="default: %(default)s")
-    parser.add_argument("--kernels", metavar="ARM", help="shows those of one arm")
+    parser.add_argument("--kernels", metavar="ARM", choices=[*FLOATS, *STORED], help="shows those of one arm")
     parser.add_argument("--json", action="store_true", help="prints JSON")
     args = parser.parse_args()
     (device,), weights = targets.devices(args.device), math.prod(SHAPE)

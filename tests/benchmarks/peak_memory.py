@@ -103,7 +103,7 @@ def compiled(way: str, layers: int, devices: list) -> dict:
     arguments = placed(params, state, tokens, devices)
     GATHER[:] = [arguments[2].sharding.mesh] if len(devices) > 1 else []
     begun = time.perf_counter()
-    program = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments).compile()
+    program = targets.compiled(jax.jit(update, donate_argnums=(0, 1)).lower(*arguments), devices[0])
     memory = program.memory_analysis()
     try:
         million_cycles = round(cycles(program.as_text()) / 1e6, 1) or None  # XLA:GPU estimates none.

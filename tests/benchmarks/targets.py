@@ -6,22 +6,21 @@ TPUs need `pip install -e ".[tpu]"`, GPUs `pip install -e ".[gpu]"` (4 GB, Linux
 import os
 from unittest import mock
 
-# Set before jax is imported: neither libtpu nor the plugin for CUDA must look for a machine that is not there. What
-# XLA:GPU would choose by timing kernels it takes as it is: products by cuBLAS, and no search.
+# Set before jax is imported: neither libtpu nor the plugin for CUDA must look for a machine that is not there.
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
 }
 
+import jax
 from jax._src import xla_bridge
 from jax.experimental import topologies
 
-# What CUDA says of each: processors, GB/s, MB of second-level cache, GB. All have compute capability 9.0.
-HOPPER = {"H100": (132, 3352, 50, 80), "H200": (132, 4800, 60, 141)}
+# Processors, GB/s, MB of second-level cache and GB of memory. All have compute capability 9.0.
+HOPPER = {"H100": (132, 3352, 50, 85), "H200": (132, 4800, 60, 150)}
 HOPPER_CONFIG = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -34,6 +33,12 @@ gpu_device_info {{
 platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 12 }}
 device_description_str: "NVIDIA {}"
 """
+
+
+def compiled(lowered, device) -> jax.stages.Compiled:
+    """Of a `jax.stages.Lowered`. What XLA:GPU chooses by timing kernels is left as it is: products are cuBLAS's."""
+    untimed = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return lowered.compile(untimed if device.platform in ("gpu", "cuda") else None)
 
 
 def devices(name: str) -> list:
