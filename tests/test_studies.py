@@ -15,6 +15,7 @@ from scipy import stats
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = ROOT / "examples" / "studies"
+WIDE = "to_grid(params, fraction_bits=8)"
 NAMES = ("harness", "arms", "training", "language", "tasks", "report", "quality")
 
 
@@ -149,6 +150,30 @@ class TestPublished:
         pages = studies["report"].documentation(results, list(studies["quality"].VARIANTS))
         for page, text in pages.items():
             assert page.read_text() == text
+
+    @pytest.mark.parametrize(
+        ("arm", "parameters", "optimizer"),
+        [
+            ("2 bytes e3m4", "to_grid(params)", "grid_adamw(lr)"),
+            (
+                "3 bytes, muon 16 bits",
+                "to_grid(params, fraction_bits=8)",
+                "compress_state(on_grid(optax.contrib.muon(lr)))",
+            ),
+            ("3 bytes, 16 bits e3m4", WIDE, "grid_adamw(lr)"),
+            ("2 bytes, 16 bits e3m4", WIDE, "grid_adamw(lr, b1=0)"),
+            ("3 bytes, 8-bit m and v", "to_grid(params)", 'grid_adamw(lr, second_moment="8bit")'),
+            ("4 bytes, 16 bits e3m4", WIDE, "compress_state(on_grid(optax.adamw(lr)))"),
+            ("3 bytes, lion 16 bits", WIDE, "compress_state(on_grid(optax.lion(lr)))"),
+        ],
+    )
+    def test_recipes(self, results, arm, parameters, optimizer):
+        mean, half, _ = results.gap(results.only("60k"), arm, "adamw")
+        (row,) = re.findall(
+            rf"\| `{re.escape(parameters)}` \| `{re.escape(optimizer)}` \| [\d.]+ \| (.*?) \|",
+            (ROOT / "docs" / "guides" / "storage.md").read_text(),
+        )
+        assert row == f"{mean:+.3f} ± {half:.3f}"
 
     def test_readme(self, studies, results):
         places = [place for place in results.places if place[0] in studies["language"].SIZES]
