@@ -102,7 +102,8 @@ def gaps_table(results: Results, places: list[Place], to_twin: bool) -> str:
         return results.written(place, arm.name, arm.twin if to_twin else "adamw", digits=3)
 
     arms = [ARMS[name] for name in LINE if ARMS[name].twin or not to_twin]
-    return harness.table(["arm", *map(head, places)], [[arm.name, *(cell(arm, p) for p in places)] for arm in arms])
+    rows = [[arm.name, *(cell(arm, place) for place in places)] for arm in arms]
+    return harness.table(["arm", *map(head, places)], [row for row in rows if any(row[1:])])
 
 
 def head(place: Place) -> str:
