@@ -1,6 +1,7 @@
 """Devices to compile for on a machine that has none of them. Import it before jax.
 
-TPUs need `pip install -e ".[tpu]"`, GPUs `pip install -e ".[gpu]"` (4 GB, Linux).
+TPUs need `pip install -e ".[tpu]"`, GPUs `pip install -e ".[gpu]"` (4 GB, Linux; tried
+with jax 0.11).
 """
 
 import os
