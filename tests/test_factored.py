@@ -10,7 +10,7 @@ import optax
 import pytest
 from quick import some
 
-from altgrad_jax.factored import matrix_axes, scale_by_factored_rms
+from altgrad_jax.factored import _first, matrix_axes, scale_by_factored_rms
 
 B2, EPS = 0.99, 1e-8
 SHAPE, STEPS = (64, 128), 1200
@@ -351,3 +351,17 @@ class TestOutliers:
         for steps, ratio in ((10, 1.6), (300, 1.05)):
             moved = (ours[:steps].sum(axis=0) / plain[:steps].sum(axis=0))[beside]
             assert float(moved.mean()) == pytest.approx(ratio, rel=0.03)
+
+
+def test_what_is_written_for_gpus_gives_the_bits_of_all(monkeypatch):
+    gradient = jax.random.normal(jax.random.key(0), (8, 16)).at[2, 3].set(jnp.inf).at[5].set(0)
+    means, results = (jnp.zeros((8, 1)), jnp.zeros((1, 16)), jnp.zeros((1, 1))), []
+    for platform in ("cuda", "default"):
+
+        def choose(*args, default, p=platform, **branches):
+            return branches.get(p, default)(*args)
+
+        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+        results.append(jax.jit(lambda g: _first(g, means))(gradient))
+    chex.assert_trees_all_equal(*results)
+    assert all(float(mean.max()) > 0 for mean in results[0])

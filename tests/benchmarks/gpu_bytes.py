@@ -7,7 +7,7 @@ Needs no GPU (`targets.py`):
 
     optax.adamw                      28.00 bytes per weight,   0.00 temporary,  1 kernels
     optax.lion                       20.00 bytes per weight,   0.00 temporary,  1 kernels
-    grid_adamw, factored             12.03 bytes per weight,   1.00 temporary,  4 kernels
+    grid_adamw, factored             12.04 bytes per weight,   1.00 temporary,  4 kernels
 
 Per arm of `gpu.py`: what the kernels read and write, with bfloat16 gradients for stored weights, and the most temporary
 bytes. Kernels of less than 0.1 bytes per weight are left out, and so are the conditionals of a first step; their
