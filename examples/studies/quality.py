@@ -116,6 +116,13 @@ def tune(runner: Runner, task: training.Task) -> None:
     runner.losses(task, ARMS["adamw"], wanted)
 
 
+def evaluated(store: harness.Store, names: dict) -> float | None:
+    """The learning rate that runs with these names evaluate, on whatever device; None where there is no such run."""
+    about = {name: value for name, value in names.items() if name not in ("jax", "device")}
+    rates = (run["learning_rate"] for run in store.runs.values() if about.items() <= run.items())
+    return next(rates, None)
+
+
 def study(runner: Runner, task: training.Task, arm, seeds: int, variants: bool) -> None:
     """The learning rate of an arm, then its seeds, then its other settings."""
     numbers = tuned(runner.store)
@@ -129,7 +136,9 @@ def study(runner: Runner, task: training.Task, arm, seeds: int, variants: bool) 
         ]
         return np.reshape(runner.losses(task, arm, wanted), (len(exponents), -1)).mean(1).tolist()
 
-    best = rate(harness.lowest(selected, task.center + arm.shift))
+    best = evaluated(runner.store, name("evaluate", **numbers)) or rate(
+        harness.lowest(selected, task.center + arm.shift)
+    )
     wanted = [name("evaluate", **numbers, learning_rate=best, seed=s) for s in range(seeds)]
     for role, (factor, changed) in VARIANTS.items() if variants else ():
         wanted += [
