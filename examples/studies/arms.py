@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ class Arm:
     optimizer: Optimizer
     format: str | None = None  # None: float32 weights
     fraction_bits: int = 0
+    forward: str | None = None  # Format of the forward pass alone: float32 weights, rounded to nearest.
     twin: str | None = None  # The float32 arm of the same order and second moment.
     shift: int = 0  # Of the center of the learning rates, in powers of sqrt(2).
     headline: bool = False  # More seeds, and other hyperparameters.
@@ -33,7 +35,7 @@ class Arm:
         return ag.to_grid(params, self.format, fraction_bits=self.fraction_bits)
 
     def values(self, params: optax.Params) -> optax.Params:
-        return ag.from_grid(params)
+        return ag.from_grid(params if self.forward is None else ag.to_grid(params, self.forward))
 
 
 # float32
@@ -76,28 +78,30 @@ def muon(schedule, b1, b2, seed):
     return optax.contrib.muon(schedule, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, **options)
 
 
-def by_spacing(format):
-    """AdamW whose directions are multiplied by the spacing of a grid at each weight, relative to its mean over all.
+def by_spacing(format: str, where: str = "after") -> Optimizer:
+    """AdamW whose gradients ("before" Adam, as in AltGrad) or directions ("after") are multiplied by a spacing.
 
-    The grid has a scale per row. In a uniform format the spacing is that of the row: a learning rate per row.
+    It is that of the grid at each weight, relative to its geometric mean over all. The grid has a scale per row. In a
+    uniform format the spacing is that of the row: after Adam, a learning rate per row.
     """
 
     def optimizer(schedule, b1, b2, seed):
-        def update(updates, params):
-            def spacing(w):
-                scale = ag.power_of_two_scale(w, format, -1)
-                return jnp.log(scale * ag.spacing(w / scale, format))
+        def update(updates, state, params, *, grid_scale=None):
+            def spacing(w, scale=None):
+                scale = ag.power_of_two_scale(w, format, -1) if scale is None else scale
+                return jnp.log(scale * ag.spacing(w / scale, format)) if w.ndim > 1 else None
 
-            matrices = jax.tree.map(lambda w: spacing(w) if w.ndim > 1 else None, params)
-            numbers = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(matrices)])
+            spacings = jax.tree.map(spacing, params, *([] if grid_scale is None else [grid_scale]))
+            average = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(spacings)]).mean()
             factor = jax.tree.map(
-                lambda x: 1.0 if x is None else jnp.exp(x - numbers.mean()), matrices, is_leaf=lambda x: x is None
+                lambda x: 1.0 if x is None else jnp.exp(x - average), spacings, is_leaf=lambda x: x is None
             )
-            return jax.tree.map(jnp.multiply, updates, factor)
+            return jax.tree.map(jnp.multiply, updates, factor), state
 
+        stiffness = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+        adam = optax.scale_by_adam(b1, b2, EPS)
         return optax.chain(
-            optax.scale_by_adam(b1, b2, EPS),
-            optax.stateless(update),
+            *((stiffness, adam) if where == "before" else (adam, stiffness)),
             optax.add_decayed_weights(WEIGHT_DECAY),
             optax.scale_by_learning_rate(schedule),
         )
@@ -240,6 +244,8 @@ def scale(schedule, b1, b2, seed):
     )
 
 
+# AltGrad's formats of 8 bits, from a uniform one to powers of two; under a scale E1M6 is E0M7.
+FAMILY = ("E0M7", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 FACTORED, PLAIN, ROWS = "factored", "factored, no momentum", "adamw, a rate per row"
 EIGHT_BITS = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
 
@@ -247,6 +253,30 @@ EIGHT_BITS = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2
 def arm_of(format: str, size: str, optimizer: Optimizer, twin: str) -> Arm:
     headline = format in ("float8_e3m4", "float8_e4m3fn")
     return Arm(f"{size} {format.rpartition('_')[2]}", optimizer, format, twin=twin, headline=headline)
+
+
+def after(format: str) -> str:
+    """The name of the arm whose stiffness is that of a format, with weights that no grid rounds."""
+    return f"adamw, stiffness of {format} after"
+
+
+def with_stiffness(format: str) -> Iterator[Arm]:
+    """AdamW on float32 weights that the forward pass rounds, and on weights of one byte; without stiffness, and with.
+
+    "adamw through FORMAT, stiffness before" is AltGrad's ManifoldAdamW with its master copy.
+    """
+    for name, where in (("", None), (", stiffness before", "before"), (", stiffness after", "after")):
+        optimizer, shift = (by_spacing(format, where), -2 * (where == "after")) if where else (adamw, 0)
+        for storage in ("through", "on"):
+            twin = f"adamw {storage} {format}" if where else "adamw"
+            how = {"forward": format} if storage == "through" else {"format": format}
+            yield Arm(
+                f"adamw {storage} {format}{name}",
+                optimizer if storage == "through" else stored(optimizer),
+                **how,
+                twin=twin,
+                shift=shift,
+            )
 
 
 ARMS = {
@@ -259,8 +289,9 @@ ARMS = {
         Arm(PLAIN, functools.partial(rmsprop, factored=True), headline=True),
         Arm("muon", muon),
         Arm("lion", lion, shift=-5),
-        Arm(ROWS, by_spacing("E0M7"), twin="adamw"),
-        *(Arm(f"adamw, stiffness of {f} after", by_spacing(f), twin=ROWS) for f in ("E2M5", "E4M3")),
+        Arm(ROWS, by_spacing(FAMILY[0]), twin="adamw", shift=-1),
+        *(Arm(after(f), by_spacing(f), twin=ROWS, shift=-2) for f in FAMILY[1:]),
+        *itertools.chain.from_iterable(map(with_stiffness, FAMILY)),
         *(
             Arm(f"1 byte {f.rpartition('_')[2]}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4")
             for f in EIGHT_BITS
@@ -286,6 +317,8 @@ ARMS = {
         Arm("4 bytes, bfloat16", compressed(adamw), "bfloat16", twin="adamw"),
     )
 }
+FORMATS = ("adamw", ROWS, *map(after, FAMILY[1:]), *(arm.name for f in FAMILY for arm in with_stiffness(f)))
+TABLE = [name for name in ARMS if name not in FORMATS or name in ("adamw", ROWS, after("E2M5"), after("E4M3"))]
 LINE = (
     "adamw",
     FACTORED,

@@ -110,14 +110,17 @@ def lowest(losses: Callable[[list[int]], list[float]], center: int, limit: int =
     return min(values, key=values.__getitem__)
 
 
-def gap(runs: dict[int, float], reference: dict[int, float]) -> tuple[float, float, int]:
-    """Mean of the differences over common seeds, the half width of its 95 % interval (Student), and their number."""
-    pairs = [(runs[seed], reference[seed]) for seed in runs if seed in reference]
-    differences = np.array([a - b for a, b in pairs])
-    if len(pairs) < 2 or not np.isfinite(differences).all():
-        return float("nan"), float("nan"), len(pairs)
-    half = special.stdtrit(len(pairs) - 1, 0.975) * differences.std(ddof=1) / len(pairs) ** 0.5
-    return float(differences.mean()), float(half), len(pairs)
+def gap(runs: dict[int, float], reference: dict[int, float], comparisons: int = 1) -> tuple[float, float, int]:
+    """Mean of the differences over common seeds, the half width of its 95 % interval, and their number."""
+    return interval([runs[seed] - reference[seed] for seed in runs if seed in reference], comparisons)
+
+
+def interval(values: list[float], comparisons: int = 1) -> tuple[float, float, int]:
+    """Mean, half width of its 95 % interval (Student), for so many comparisons at once (Bonferroni), and number."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float("nan"), float("nan"), len(values)
+    half = special.stdtrit(len(values) - 1, 1 - 0.025 / comparisons) * np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values)), float(half), len(values)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

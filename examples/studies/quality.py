@@ -4,8 +4,9 @@
     python examples/studies/quality.py table              # all arms, and other settings, on 60 thousand weights
     python examples/studies/quality.py line               # eight arms on 7 thousand to 1 million weights
     python examples/studies/quality.py line --sizes 4M    # larger ones, on an accelerator
+    python examples/studies/quality.py formats            # AdamW with the stiffness of seven formats, on small tasks
     python examples/studies/quality.py report             # tables and pictures of what is there, in docs too
-    python examples/studies/quality.py table --quick      # three arms of a tiny model, in a temporary folder
+    python examples/studies/quality.py table --quick      # a few arms of a tiny model, in a temporary folder
 
 Every arm takes its own best learning rate of the powers of sqrt(2), chosen with seeds that evaluate nothing; then fresh
 seeds, which give initial weights, batches and random bits, compare arms in pairs. Runs are lines of
@@ -24,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import training
-from arms import ARMS, FACTORED, LINE
-from report import DOCS, TABLE_SIZE, Results, documentation, draw, draw_stiffness, report
+from arms import ARMS, FACTORED, FORMATS, LINE, TABLE
+from report import DOCS, SMALL_TASKS, TABLE_SIZE, Results, documentation, draw, draw_formats, draw_stiffness, report
 from tasks import TASKS
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "quality.jsonl"
@@ -43,6 +44,7 @@ VARIANTS = {
     "a gradient times 1e6": (1.0, {"spike": 1e6}),
 }
 VARIANT_SEEDS = 8
+QUICK = ("adamw", FACTORED, "2 bytes e3m4", "adamw through E4M3", "adamw through E4M3, stiffness before")
 
 
 class Runner:
@@ -154,12 +156,13 @@ def jobs_of(command: str, sizes: list[str], most_seeds: int | None) -> list[tupl
         return [(TUNING_SIZE, "adamw", 0, False)]
     seeds = lambda task, arm: min(most_seeds or task.seeds, task.seeds if arm.headline else 8)  # noqa: E731
     tasks = [TASKS[name] for name in sizes]
-    if command == "line":
-        return [(task.name, name, min(most_seeds or 8, task.seeds), False) for task in tasks for name in LINE]
+    if command in ("line", "formats"):
+        arms = LINE if command == "line" else FORMATS
+        return [(task.name, name, min(most_seeds or 8, task.seeds), False) for task in tasks for name in arms]
     jobs = [
         (task.name, arm.name, seeds(task, arm), arm.headline and task.name == TABLE_SIZE)
         for task in tasks
-        for arm in ARMS.values()
+        for arm in map(ARMS.get, TABLE)
     ]
     batches = [f"{TABLE_SIZE}, batch 2", f"{TABLE_SIZE}, batch 32"] if sizes == [TABLE_SIZE] else []
     return jobs + [(name, arm, 8, False) for name in batches for arm in ("adamw", FACTORED, "2 bytes e3m4")]
@@ -183,12 +186,13 @@ def publish(store: harness.Store, path: pathlib.Path, pictures: pathlib.Path) ->
     path.with_suffix(".md").write_text(text)
     draw(results, pictures / "quality.png")
     draw_stiffness(results, pictures / "stiffness.png")
-    return f"{text}\npictures: {pictures / 'quality.png'}, {pictures / 'stiffness.png'}"
+    draw_formats(results, pictures / "formats.png")
+    return f"{text}\npictures: {pictures}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("tune", "table", "line", "report", "pack"))
+    parser.add_argument("command", choices=("tune", "table", "line", "formats", "report", "pack"))
     parser.add_argument("--sizes", nargs="+", choices=TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all of the command")
     parser.add_argument("--seeds", type=int, help="the most seeds of an arm; default: 8 to 24")
@@ -197,11 +201,12 @@ def main() -> None:
         "--workers", type=int, default=2, help="CPU processes, or threads with lanes; default: %(default)s"
     )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="three arms of a tiny model, in a temporary folder")
+    parser.add_argument("--quick", action="store_true", help="a few arms of a tiny model, in a temporary folder")
     args = parser.parse_args()
-    sizes = args.sizes or {"table": [TABLE_SIZE], "line": ["7k", "60k", "260k", "1M"]}.get(args.command, [])
+    usual = {"table": [TABLE_SIZE], "line": ["7k", "60k", "260k", "1M"], "formats": SMALL_TASKS}
+    sizes = args.sizes or usual.get(args.command, [])
     if args.quick:
-        sizes, args.arms = ["tiny"], ["adamw", FACTORED, "2 bytes e3m4"]
+        sizes, args.arms = ["tiny"], QUICK
         args.out = pathlib.Path(tempfile.mkdtemp()) / RESULTS.name
     store = harness.Store(args.out, MEASURED)
     if args.command == "pack":

@@ -2,19 +2,31 @@
 
 import pathlib
 import re
+from collections.abc import Callable
 
 import harness
 import numpy as np
 import training
-from arms import ARMS, LINE, ROWS
+from arms import ARMS, FAMILY, LINE, ROWS, TABLE, after
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
 from tasks import TASKS
 
+import altgrad_jax as ag
+
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
-TABLE_SIZE = "60k"
-STIFFNESS = (ROWS, *(arm.name for arm in ARMS.values() if arm.twin == ROWS))
+TABLE_SIZE, SMALL_TASKS = "60k", ("character MLP", "digits")
+STIFFNESS = (ROWS, *(name for name in TABLE if ARMS[name].twin == ROWS))
+# Where stiffness may act: what rounds, and whether it stands before Adam or after it.
+PLACES = {
+    "float32, after": lambda f: (after(f) if f != FAMILY[0] else ROWS, "adamw"),
+    "rounded forward, before": lambda f: (f"adamw through {f}, stiffness before", f"adamw through {f}"),
+    "rounded forward, after": lambda f: (f"adamw through {f}, stiffness after", f"adamw through {f}"),
+    "one byte, before": lambda f: (f"adamw on {f}, stiffness before", f"adamw on {f}"),
+    "one byte, after": lambda f: (f"adamw on {f}, stiffness after", f"adamw on {f}"),
+}
+COMPARISONS = len(SMALL_TASKS) * len(PLACES) * len(FAMILY)
 Runs = dict[int, dict]  # By seed.
 Place = tuple[str, str, str]  # Task, kind of device, version of jax: what is compared was trained in one place.
 
@@ -45,8 +57,10 @@ class Results:
             raise ValueError(f"{task} must have been trained in one place to be a table of a page, got {places}.")
         return places[0]
 
-    def gap(self, place: Place, arm: str, reference: str | None, role: str = "evaluate") -> tuple[float, float, int]:
-        return gap(*(losses_of(self.of(place, name, role)) for name in (arm, reference)))
+    def gap(
+        self, place: Place, arm: str, reference: str | None, role: str = "evaluate", comparisons: int = 1
+    ) -> tuple[float, float, int]:
+        return gap(*(losses_of(self.of(place, name, role)) for name in (arm, reference)), comparisons)
 
     def written(self, place: Place, arm: str, reference: str | None, role: str = "evaluate", digits: int = 4) -> str:
         """The mean gap with its 95 % interval and the number of pairs; empty where nothing was compared."""
@@ -106,6 +120,39 @@ def gaps_table(results: Results, places: list[Place], to_twin: bool) -> str:
     return harness.table(["arm", *map(head, places)], [row for row in rows if any(row[1:])])
 
 
+def formats_table(results: Results, place: Place) -> str:
+    """AdamW's gaps to float32 by format, and the gaps of stiffness to AdamW with the same rounding."""
+    plain = {"rounded forward": lambda f: (f"adamw through {f}", "adamw")}
+    plain["one byte"] = lambda f: (f"adamw on {f}", "adamw")
+    columns = plain | PLACES
+    rows = [[f, *(results.written(place, *pair(f), digits=3) for pair in columns.values())] for f in FAMILY]
+    return harness.table(["format", *columns], [row for row in rows if any(row[1:])])
+
+
+def verdicts_table(results: Results) -> str:
+    """Formats in which stiffness gains and loses for certain, and the change of its gap per mantissa bit."""
+    rows = []
+    for place in map(results.only, SMALL_TASKS):
+        for name, pair in PLACES.items():
+            found = {f: results.gap(place, *pair(f), comparisons=COMPARISONS)[:2] for f in FAMILY}
+            gains = [f for f, (average, half) in found.items() if average + half < 0]
+            loses = [f for f, (average, half) in found.items() if average - half > 0]
+            average, half = slope(results, place, pair)
+            rows.append(
+                [place[0], name, *(", ".join(x) or "none" for x in (gains, loses)), f"{average:+.4f} ± {half:.4f}"]
+            )
+    return harness.table(["task", "stiffness", "gains", "loses", "per bit"], rows)
+
+
+def slope(results: Results, place: Place, pair: Callable[[str], tuple[str, str]]) -> tuple[float, float]:
+    """Of a line through the gap over the mantissa bits of the formats, fitted for each seed: mean and half width."""
+    losses = [[losses_of(results.of(place, name)) for name in pair(f)] for f in FAMILY]
+    seeds = set.intersection(*(set(runs) for two in losses for runs in two))
+    bits = [ag.as_format(f).mantissa_bits for f in FAMILY]
+    gaps = [[stiff[seed] - plain[seed] for stiff, plain in losses] for seed in sorted(seeds)]
+    return harness.interval([float(np.polyfit(bits, row, 1)[0]) for row in gaps if np.isfinite(row).all()])[:2]
+
+
 def head(place: Place) -> str:
     """Number of weights or name of the task, and the device."""
     task, device = TASKS[place[0]], place[1].removeprefix("NVIDIA ").replace("cpu", "CPU")
@@ -131,11 +178,13 @@ def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]
     tables = {
         "line, to twins": gaps_table(results, sizes, True),
         "line, to AdamW": gaps_table(results, sizes, False),
-        "arms": arms_table(results, small, [name for name in ARMS if name not in STIFFNESS], 3),
+        "arms": arms_table(results, small, [name for name in TABLE if name not in STIFFNESS], 3),
         "settings": settings_table(results, small, roles, 3),
         "others, to twins": gaps_table(results, others, True),
         "others, to AdamW": gaps_table(results, others, False),
         "stiffness": arms_table(results, small, list(STIFFNESS), 3),
+        **{f"formats, {task}": formats_table(results, results.only(task)) for task in SMALL_TASKS},
+        "formats, verdicts": verdicts_table(results),
     }
 
     def with_tables(text):
@@ -197,4 +246,27 @@ def draw_stiffness(results: Results, path: pathlib.Path) -> None:
         ylim=(len(STIFFNESS) - 0.5, -0.5),
     )
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_formats(results: Results, path: pathlib.Path) -> None:
+    """What stiffness costs AdamW, by task, format and place. Bold: for certain, over all comparisons."""
+    places = [place for place in results.places if place[0] in SMALL_TASKS]
+    gaps = {
+        place: [[results.gap(place, *pair(f), comparisons=COMPARISONS)[:2] for pair in PLACES.values()] for f in FAMILY]
+        for place in places
+    }
+    gaps = {place: np.array(rows) for place, rows in gaps.items() if np.isfinite(rows).any()}
+    if not gaps:
+        return
+    figure = Figure(figsize=(4 * len(gaps) + 1, 4), layout="constrained")
+    for axes, (place, rows) in zip(figure.subplots(1, len(gaps), squeeze=False)[0], gaps.items(), strict=True):
+        axes.imshow(rows[..., 0], cmap="RdBu_r", vmin=-0.1, vmax=0.1, aspect="auto")
+        for (i, j), average in np.ndenumerate(rows[..., 0]):
+            certain = abs(average) > rows[i, j, 1]
+            axes.text(j, i, f"{average:+.3f}", ha="center", va="center", fontsize=8, weight="bold" if certain else None)
+        axes.set_xticks(range(len(PLACES)), [name.replace(", ", ",\n") for name in PLACES], fontsize=7)
+        axes.set_yticks(range(len(FAMILY)), FAMILY)
+        axes.set_title(place[0])
+    figure.suptitle("validation loss above AdamW with the same rounding, nats (bold: for certain)", fontsize=9)
     figure.savefig(path, dpi=150)
