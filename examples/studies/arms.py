@@ -81,17 +81,16 @@ def muon(schedule, b1, b2, seed):
 def by_spacing(format: str, where: str = "after") -> Optimizer:
     """AdamW whose gradients ("before" Adam, as in AltGrad) or directions ("after") are multiplied by a spacing.
 
-    It is that of the grid at each weight, relative to its geometric mean over all. The grid has a scale per row. In a
-    uniform format the spacing is that of the row: after Adam, a learning rate per row.
+    It is that of the grid of the stored weights, or of one that would store them, at each weight, relative to its
+    geometric mean over all. In a uniform format it is that of the row: after Adam, a learning rate per row.
     """
 
     def optimizer(schedule, b1, b2, seed):
         def update(updates, state, params, *, grid_scale=None):
-            def spacing(w, scale=None):
-                scale = ag.power_of_two_scale(w, format, -1) if scale is None else scale
-                return jnp.log(scale * ag.spacing(w / scale, format)) if w.ndim > 1 else None
+            def spacing(w, scale):
+                return jnp.log(scale * ag.spacing(w / scale, format)) if jnp.ndim(scale) else None
 
-            spacings = jax.tree.map(spacing, params, *([] if grid_scale is None else [grid_scale]))
+            spacings = jax.tree.map(spacing, params, scales(params, format) if grid_scale is None else grid_scale)
             average = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(spacings)]).mean()
             factor = jax.tree.map(
                 lambda x: 1.0 if x is None else jnp.exp(x - average), spacings, is_leaf=lambda x: x is None
@@ -107,6 +106,13 @@ def by_spacing(format: str, where: str = "after") -> Optimizer:
         )
 
     return optimizer
+
+
+def scales(params: optax.Params, format: str) -> optax.Params:
+    """Those of the rows that a grid would have; 1 for leaves that are not stored."""
+    stored = ag.to_grid(params, format)
+    is_stored = lambda leaf: isinstance(leaf, ag.GridArray)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.scale if is_stored(leaf) else 1.0, stored, is_leaf=is_stored)
 
 
 # Weights on a grid
