@@ -327,8 +327,8 @@ def effective_descent_quality(intended: Any, before: Any, after: Any) -> jax.Arr
 def predict_freeze(trace: Any, format: FormatLike, *, scale: Any = 1.0, fraction_bits: int = 0) -> Freeze:
     """Predicts from a float32 trajectory when weights that are rounded to nearest on a grid would stop moving.
 
-    A weight takes the steps of the trajectory, but rounds to nearest after each and remembers nothing. If freezing
-    costs much loss, gradients grow and fewer weights freeze (in `examples/format_study` by a share of up to 0.10).
+    A weight takes the steps of the trajectory, but rounds to nearest after each and remembers nothing. Where
+    freezing costs much loss, gradients grow and fewer weights freeze than predicted.
 
     Args:
         trace: A tree of real arrays `[steps + 1, ...]`: the weights before the first step and after each.

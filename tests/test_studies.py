@@ -1,17 +1,24 @@
 """The module of the studies: what a restart finds, the search for a learning rate, pairs; a study of a tiny model."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
+
+import altgrad_jax as ag
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = ROOT / "examples" / "studies"
@@ -96,6 +103,12 @@ class TestGap:
         np.testing.assert_allclose([mean - half, mean + half], interval)
         assert number == 7
 
+    def test_of_all_comparisons_at_once_is_wider(self, harness):
+        values = np.random.default_rng(0).normal(size=7).tolist()
+        mean, half, _ = harness.interval(values, comparisons=70)
+        interval = stats.ttest_1samp(values, 0).confidence_interval(1 - 0.05 / 70)
+        np.testing.assert_allclose([mean - half, mean + half], interval)
+
     def test_takes_common_seeds_alone(self, harness):
         assert harness.gap({0: 1.0, 1: 2.0, 2: 9.0}, {2: 8.0, 1: 1.0})[::2] == (1.0, 2)
 
@@ -134,6 +147,153 @@ class TestQuality:
         store = studies["harness"].Store(path, studies["quality"].MEASURED)
         page = studies["quality"].publish(store, path, path.parent)
         assert "| adamw | 12.09 |" in page  # Three numbers per weight, and the gains of norms.
+
+    def test_finds_the_learning_rate_of_another_device(self, studies, tmp_path, monkeypatch):
+        quality, task = studies["quality"], studies["tasks"].TASKS["tiny"]
+        monkeypatch.setattr(quality, "compiled", lambda task, arm, lanes: lambda *numbers: np.ones(lanes))
+        runner = quality.Runner(studies["harness"].Store(tmp_path / "a.jsonl", quality.MEASURED), 1)
+        run = runner.names(
+            task, studies["arms"].ARMS["adamw"], "evaluate", **quality.DEFAULTS, learning_rate=0.1, seed=0
+        )
+        runner.store.add(run | {"device": "another one", "loss": 2.0})
+        quality.study(runner, task, studies["arms"].ARMS["adamw"], 2, False)
+        here = [run for run in runner.store.runs.values() if run["device"] == runner.device]
+        assert [(run["role"], run["learning_rate"], run["seed"]) for run in here] == [
+            ("evaluate", 0.1, 0),
+            ("evaluate", 0.1, 1),
+        ]
+
+    def test_ends_with_the_process_that_started_it(self, tmp_path):
+        """After SIGKILL of the study its workers end, too."""
+        script = tmp_path / "sleeps.py"
+        script.write_text(
+            f"import os, sys, time\nsys.path.insert(0, {str(STUDIES)!r})\nimport harness\n"
+            "def work(i):\n    open(f'{i}.pid', 'w').write(str(os.getpid()))\n    time.sleep(600)\n"
+            "if __name__ == '__main__':\n    harness.in_processes(work, [(0,), (1,)], 2)\n"
+        )
+        with subprocess.Popen([sys.executable, script], cwd=tmp_path, stderr=subprocess.DEVNULL) as study:
+            pids = [int(wait_for(lambda i=i: (tmp_path / f"{i}.pid").read_text())) for i in range(2)]
+            study.kill()
+        wait_for(lambda: not any(map(alive, pids)) or None)
+
+
+def wait_for(value, seconds=60):
+    """What a function gives once it is neither empty nor raises OSError."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            if found := value():
+                return found
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+FORMATS = ("E0M7", "E2M5", "E4M3", "E7M0")
+
+
+class TestStiffness:
+    """Arms of AdamW with the stiffness of a format."""
+
+    @pytest.fixture
+    def moved(self, studies):
+        """The first direction of an arm, without weight decay, and the ULP at each weight."""
+
+        def of(format, where, is_stored):
+            q = ag.to_grid({"kernel": jax.random.normal(jax.random.key(0), (6, 16)), "bias": jnp.ones(6)}, format)
+            values, scale = ag.from_grid(q), q["kernel"].scale
+            tx = studies["arms"].by_spacing(format, where)(lambda step: 1.0, 0.8, 0.995, 0)
+            tx, params = optax.chain(tx, optax.snapshot("updates", lambda u: u)), q if is_stored else values
+            tx = ag.on_grid(tx) if is_stored else tx
+            _, state = tx.update(jax.tree.map(jnp.ones_like, values), tx.init(params), params)
+            updates = optax.tree.get(state, "updates")
+            direction = jax.tree.map(lambda u, w: -u - studies["arms"].WEIGHT_DECAY * w, updates, values)
+            return direction, scale * ag.spacing(values["kernel"] / scale, format)
+
+        return of
+
+    @pytest.mark.parametrize("is_stored", [False, True], ids=["float32", "stored"])
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_after_adam_moves_by_equal_ulps(self, moved, format, is_stored):
+        direction, ulp = moved(format, "after", is_stored)
+        steps = direction["kernel"] / ulp
+        np.testing.assert_allclose(steps, steps[0, 0], rtol=1e-5)
+        # The geometric mean of the factors is 1, and what no grid stores has none.
+        np.testing.assert_allclose(jnp.exp(jnp.log(direction["kernel"]).mean()), 1, rtol=1e-5)
+        np.testing.assert_allclose(direction["bias"], 1, rtol=1e-5)
+
+    def test_before_adam_is_divided_out_of_the_first_step(self, moved):
+        direction, _ = moved("E4M3", "before", False)
+        np.testing.assert_allclose(direction["kernel"], 1, rtol=1e-5)
+
+    def test_passes_gradients_straight_through(self, studies):
+        """The forward pass has nearest numbers of the grid, and their gradients."""
+        arms, training = studies["arms"], studies["training"]
+        seen = {"kernel": jnp.array([[0.1, -0.3, 1.0, 0.7, 0.2, 0.4, 0.5, 0.6]])}
+        task = training.Task(
+            "square", tuple, lambda key, data: (seen, data), lambda p, data, key: (p["kernel"] ** 2).sum() / 2,
+            lambda p, data: p["kernel"].sum(), 0, steps=1,
+        )  # fmt: skip
+        sgd = arms.Arm("sgd", lambda schedule, b1, b2, seed: optax.sgd(0.5), forward="E2M5")
+        numbers = [jnp.zeros(1, jnp.uint32 if name == "seed" else jnp.float32) for name in training.HYPERPARAMETERS]
+        (end,) = training.trainer(task, sgd)((), *numbers)
+        rounded = ag.from_grid(ag.to_grid(seen, "E2M5"))["kernel"]
+        expected = ag.from_grid(ag.to_grid({"kernel": seen["kernel"] - 0.5 * rounded}, "E2M5"))["kernel"].sum()
+        np.testing.assert_allclose(end, expected, rtol=1e-6)
+
+
+class TestVerdicts:
+    """Of runs that are made up."""
+
+    @pytest.fixture
+    def results(self, studies, tmp_path):
+        """AdamW loses 1 and a seed's own noise everywhere, and with stiffness what `gap(format, column)` says."""
+        quality, report = studies["quality"], studies["report"]
+
+        def of(gap):
+            store = studies["harness"].Store(tmp_path / "a.jsonl", quality.MEASURED)
+            random = np.random.default_rng(0)
+            for task in report.SMALL_TASKS:
+                names = {
+                    "task": task,
+                    "role": "evaluate",
+                    "device": "cpu",
+                    "jax": "0",
+                    **quality.DEFAULTS,
+                    "learning_rate": 1,
+                }
+                for seed in range(8):
+                    losses = dict.fromkeys(
+                        (name for f in report.FAMILY for c in report.PLACES.values() for name in c(f)), 1.0
+                    )
+                    for column, pair in report.PLACES.items():
+                        losses |= {pair(f)[0]: 1 + gap(f, column) + 0.001 * random.normal() for f in report.FAMILY}
+                    noise = random.normal()
+                    for arm, loss in losses.items():
+                        store.add(names | {"arm": arm, "seed": seed, "loss": loss + noise})
+            return quality.Results(store)
+
+        return of
+
+    def test_are_those_of_large_gaps(self, studies, results):
+        gaps = {("E2M5", "one byte, after"): -0.02, ("E7M0", "one byte, after"): 0.02}
+        table = studies["report"].verdicts_table(results(lambda f, column: gaps.get((f, column), 0)))
+        rows = [line.split(" | ") for line in table.splitlines()[2:]]
+        assert [row[2:4] for row in rows if row[1] == "one byte, after"] == [["E2M5", "E7M0"]] * 2
+        assert [row[2:4] for row in rows if row[1] != "one byte, after"] == [["none", "none"]] * 8
+
+    def test_slope_is_per_mantissa_bit(self, studies, results):
+        report = studies["report"]
+        found = results(lambda f, column: 0.01 * int(f[-1]))
+        mean, half = report.slope(found, found.only("digits"), report.PLACES["rounded forward, before"])
+        assert abs(mean - 0.01) < half < 0.001
 
 
 class TestPublished:

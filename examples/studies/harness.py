@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import lzma
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import platform
@@ -146,13 +147,22 @@ def in_processes(function: Callable, jobs: list[tuple], workers: int) -> None:
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     for i in range(workers):
         cores.put(available[i % len(available)])
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _take_core, (cores,))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (cores,))
     with pool, tqdm(total=len(jobs), desc="compiling, training", unit="arm") as bar:
         for future in concurrent.futures.as_completed([pool.submit(function, *job) for job in jobs]):
             future.result()
             bar.update()
 
 
-def _take_core(cores) -> None:
+def _start_worker(cores) -> None:
+    """Gives a worker one core of its own, and ends it when the process that started it is killed."""
+    core = cores.get()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
+        os.sched_setaffinity(0, {core})
+    parent = multiprocessing.parent_process().sentinel
+
+    def follow():
+        multiprocessing.connection.wait([parent])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
