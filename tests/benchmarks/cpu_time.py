@@ -45,7 +45,10 @@ OPTIMIZERS = {
     "grid_adamw": (ag.grid_adamw(RATE), STORED),
     "grid_adamw, 8-bit second moment": (ag.grid_adamw(RATE, second_moment="8bit"), STORED),
     "grid_adamw, float32 second moment": (ag.grid_adamw(RATE, second_moment="float32"), STORED),
+    "grid_adamw, 2-byte weight": (ag.grid_adamw(RATE), FINE),
     "grid_adamw, b1 = 0, 2-byte weight": (ag.grid_adamw(RATE, b1=0), FINE),
+    "compress_state(on_grid(optax.adamw)), 2-byte weight": (ag.compress_state(ag.on_grid(optax.adamw(RATE))), FINE),
+    "compress_state(on_grid(optax.lion)), 2-byte weight": (ag.compress_state(ag.on_grid(optax.lion(RATE))), FINE),
     "grid_adamw, b1 = 0, bfloat16": (ag.grid_adamw(RATE, b1=0), ("bfloat16", 0)),
 }
 
