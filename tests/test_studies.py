@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -74,6 +75,15 @@ class TestStore:
         both = harness.Store(path, ["loss"])
         assert [run["seed"] for run in both.runs.values()] == [1, 2]
         assert both.starts == [{"commit": "0123abc"}]
+
+    def test_packs_what_came_while_it_was_read(self, harness, tmp_path):
+        path = tmp_path / "a.jsonl"
+        store, other = harness.Store(path, ["loss"]), harness.Store(path, ["loss"])
+        store.add({"seed": 1, "loss": 1.0})
+        other.add({"seed": 2, "loss": 2.0})
+        store.pack()
+        assert [run["seed"] for run in harness.Store(path, ["loss"]).runs.values()] == [1, 2]
+        assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl.xz"]
 
 
 class TestSearch:
@@ -148,20 +158,36 @@ class TestQuality:
         page = studies["quality"].publish(store, path, path.parent)
         assert "| adamw | 12.09 |" in page  # Three numbers per weight, and the gains of norms.
 
-    def test_finds_the_learning_rate_of_another_device(self, studies, tmp_path, monkeypatch):
-        quality, task = studies["quality"], studies["tasks"].TASKS["tiny"]
+    @pytest.mark.parametrize("here", [False, True])
+    def test_takes_the_learning_rate_of_this_device_or_another(self, studies, tmp_path, here):
+        quality, task, arms = studies["quality"], studies["tasks"].TASKS["tiny"], studies["arms"].ARMS
+        runner = quality.Runner(studies["harness"].Store(tmp_path / "a.jsonl", quality.MEASURED), 1)
+        names = runner.names(task, arms["adamw"], "evaluate", **quality.DEFAULTS)
+        assert quality.evaluated(runner.store, names) is None
+        if here:
+            runner.store.add(names | {"learning_rate": 0.2, "seed": 0, "loss": 2.0})
+        runner.store.add(names | {"device": "another", "jax": "0.1", "learning_rate": 0.1, "seed": 0, "loss": 2.0})
+        for decoy in ({"arm": "lion"}, {"role": "select"}, {"steps": 3}, {"b1": 0.1}, {"task": "7k"}):
+            runner.store.add(names | decoy | {"learning_rate": 0.3, "seed": 0, "loss": 2.0})
+        assert quality.evaluated(runner.store, names) == (0.2 if here else 0.1)
+
+    def test_trains_with_the_learning_rate_that_is_known(self, studies, tmp_path, monkeypatch):
+        quality, task, adamw = studies["quality"], studies["tasks"].TASKS["tiny"], studies["arms"].ARMS["adamw"]
         monkeypatch.setattr(quality, "compiled", lambda task, arm, lanes: lambda *numbers: np.ones(lanes))
         runner = quality.Runner(studies["harness"].Store(tmp_path / "a.jsonl", quality.MEASURED), 1)
-        run = runner.names(
-            task, studies["arms"].ARMS["adamw"], "evaluate", **quality.DEFAULTS, learning_rate=0.1, seed=0
-        )
-        runner.store.add(run | {"device": "another one", "loss": 2.0})
-        quality.study(runner, task, studies["arms"].ARMS["adamw"], 2, False)
+        names = runner.names(task, adamw, "evaluate", **quality.DEFAULTS)
+        runner.store.add(names | {"device": "another", "learning_rate": 0.1, "seed": 0, "loss": 2.0})
+        quality.study(runner, task, adamw, 2, False)
         here = [run for run in runner.store.runs.values() if run["device"] == runner.device]
-        assert [(run["role"], run["learning_rate"], run["seed"]) for run in here] == [
-            ("evaluate", 0.1, 0),
-            ("evaluate", 0.1, 1),
-        ]
+        known = [(run["role"], run["learning_rate"], run["seed"]) for run in here]
+        assert known == [("evaluate", 0.1, 0), ("evaluate", 0.1, 1)]
+
+    def test_refuses_arms_of_another_command(self, studies, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["quality.py", "line", "--quick", "--arms", "adamw"])
+        monkeypatch.setattr(studies["quality"], "QUICK", ("adamw on E4M3",))
+        with pytest.raises(SystemExit):
+            studies["quality"].main()
+        assert "--arms must name arms of line, got adamw on E4M3" in capsys.readouterr().err
 
     def test_ends_with_the_process_that_started_it(self, tmp_path):
         """After SIGKILL of the study its workers end, too."""
@@ -196,42 +222,47 @@ def alive(pid):
         return False
 
 
-FORMATS = ("E0M7", "E2M5", "E4M3", "E7M0")
-
-
 class TestStiffness:
     """Arms of AdamW with the stiffness of a format."""
 
     @pytest.fixture
     def moved(self, studies):
-        """The first direction of an arm, without weight decay, and the ULP at each weight."""
+        """The first direction of an arm, without weight decay, and the state; and the ULP at each weight."""
 
         def of(format, where, is_stored):
-            q = ag.to_grid({"kernel": jax.random.normal(jax.random.key(0), (6, 16)), "bias": jnp.ones(6)}, format)
-            values, scale = ag.from_grid(q), q["kernel"].scale
-            tx = studies["arms"].by_spacing(format, where)(lambda step: 1.0, 0.8, 0.995, 0)
+            params = {"kernel": jax.random.normal(jax.random.key(0), (6, 16)), "bias": jnp.ones(6)}
+            # Stored under a scale that `to_grid` would not choose: AdamW has to take that of its own grid.
+            scale = 4 * ag.to_grid(params, format)["kernel"].scale
+            q = ag.to_grid(params, format, scale={"kernel": scale, "bias": 1.0})
+            values = ag.from_grid(q)
+            scale = q["kernel"].scale if is_stored else ag.to_grid(values, format)["kernel"].scale
+            tx = studies["arms"].by_stiffness(format, where)(lambda step: 1.0, 0.8, 0.995, 0)
             tx, params = optax.chain(tx, optax.snapshot("updates", lambda u: u)), q if is_stored else values
             tx = ag.on_grid(tx) if is_stored else tx
             _, state = tx.update(jax.tree.map(jnp.ones_like, values), tx.init(params), params)
             updates = optax.tree.get(state, "updates")
             direction = jax.tree.map(lambda u, w: -u - studies["arms"].WEIGHT_DECAY * w, updates, values)
-            return direction, scale * ag.spacing(values["kernel"] / scale, format)
+            return direction, state, scale * ag.spacing(values["kernel"] / scale, format)
 
         return of
 
     @pytest.mark.parametrize("is_stored", [False, True], ids=["float32", "stored"])
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("format", ["E0M7", "E2M5", "E4M3", "E7M0"])
     def test_after_adam_moves_by_equal_ulps(self, moved, format, is_stored):
-        direction, ulp = moved(format, "after", is_stored)
+        direction, _, ulp = moved(format, "after", is_stored)
         steps = direction["kernel"] / ulp
         np.testing.assert_allclose(steps, steps[0, 0], rtol=1e-5)
         # The geometric mean of the factors is 1, and what no grid stores has none.
         np.testing.assert_allclose(jnp.exp(jnp.log(direction["kernel"]).mean()), 1, rtol=1e-5)
         np.testing.assert_allclose(direction["bias"], 1, rtol=1e-5)
 
-    def test_before_adam_is_divided_out_of_the_first_step(self, moved):
-        direction, _ = moved("E4M3", "before", False)
-        np.testing.assert_allclose(direction["kernel"], 1, rtol=1e-5)
+    @pytest.mark.parametrize("is_stored", [False, True], ids=["float32", "stored"])
+    def test_before_adam_is_in_its_moments_and_divided_out(self, moved, is_stored):
+        direction, state, ulp = moved("E4M3", "before", is_stored)
+        mu = optax.tree.get(state, "mu")
+        np.testing.assert_allclose(mu["kernel"], 0.2 * ulp / jnp.exp(jnp.log(ulp).mean()), rtol=1e-5)
+        np.testing.assert_allclose(mu["bias"], 0.2, rtol=1e-6)
+        np.testing.assert_allclose(direction["kernel"], 1, rtol=1e-4)
 
     def test_passes_gradients_straight_through(self, studies):
         """The forward pass has nearest numbers of the grid, and their gradients."""
@@ -254,46 +285,53 @@ class TestVerdicts:
 
     @pytest.fixture
     def results(self, studies, tmp_path):
-        """AdamW loses 1 and a seed's own noise everywhere, and with stiffness what `gap(format, column)` says."""
+        """All arms lose 1 and the noise of the seed, and with stiffness also what `gap(format, column)` says."""
         quality, report = studies["quality"], studies["report"]
 
         def of(gap):
             store = studies["harness"].Store(tmp_path / "a.jsonl", quality.MEASURED)
+            store.path = pathlib.Path(os.devnull)
             random = np.random.default_rng(0)
+            arms = {of(f): (f, column) for column, of in report.STIFFENED.items() for f in report.FAMILY}
+            same = {"role": "evaluate", "device": "cpu", "jax": "0", **quality.DEFAULTS, "learning_rate": 1}
             for task in report.SMALL_TASKS:
-                names = {
-                    "task": task,
-                    "role": "evaluate",
-                    "device": "cpu",
-                    "jax": "0",
-                    **quality.DEFAULTS,
-                    "learning_rate": 1,
-                }
                 for seed in range(8):
-                    losses = dict.fromkeys(
-                        (name for f in report.FAMILY for c in report.PLACES.values() for name in c(f)), 1.0
-                    )
-                    for column, pair in report.PLACES.items():
-                        losses |= {pair(f)[0]: 1 + gap(f, column) + 0.001 * random.normal() for f in report.FAMILY}
                     noise = random.normal()
-                    for arm, loss in losses.items():
-                        store.add(names | {"arm": arm, "seed": seed, "loss": loss + noise})
+                    for arm in studies["arms"].FORMAT_ARMS:
+                        loss = 1 + noise + (gap(*arms[arm]) + 0.001 * random.normal() if arm in arms else 0)
+                        loss = loss if np.isfinite(loss) else None
+                        store.add(same | {"task": task, "arm": arm, "seed": seed, "loss": loss})
             return quality.Results(store)
 
         return of
 
-    def test_are_those_of_large_gaps(self, studies, results):
+    def test_are_those_of_large_gaps(self, studies, results, tmp_path):
         gaps = {("E2M5", "one byte, after"): -0.02, ("E7M0", "one byte, after"): 0.02}
-        table = studies["report"].verdicts_table(results(lambda f, column: gaps.get((f, column), 0)))
-        rows = [line.split(" | ") for line in table.splitlines()[2:]]
+        found = results(lambda f, column: gaps.get((f, column), 0))
+        rows = [line.strip("| ").split(" | ") for line in studies["report"].verdicts_table(found).splitlines()[2:]]
         assert [row[2:4] for row in rows if row[1] == "one byte, after"] == [["E2M5", "E7M0"]] * 2
         assert [row[2:4] for row in rows if row[1] != "one byte, after"] == [["none", "none"]] * 8
+        table = studies["report"].formats_table(found, found.only("digits"))
+        assert re.search(r"\| E2M5 \| .* \| -0.0(19|20|21) ± 0.001 \(8\) \|$", table, re.MULTILINE)
+        studies["report"].draw_formats(found, tmp_path / "formats.png")
+        assert (tmp_path / "formats.png").stat().st_size > 10_000
+
+    def test_count_divergence_as_a_loss(self, studies, results):
+        found = results(lambda f, column: np.nan if (f, column) == ("E7M0", "one byte, before") else 0)
+        rows = [line.strip("| ").split(" | ") for line in studies["report"].verdicts_table(found).splitlines()[2:]]
+        assert [row[2:] for row in rows if row[1] == "one byte, before"] == [["none", "E7M0", "diverged"]] * 2
 
     def test_slope_is_per_mantissa_bit(self, studies, results):
         report = studies["report"]
         found = results(lambda f, column: 0.01 * int(f[-1]))
-        mean, half = report.slope(found, found.only("digits"), report.PLACES["rounded forward, before"])
+        mean, half = report.slope(found, found.only("digits"), report.STIFFENED["rounded forward, before"])
         assert abs(mean - 0.01) < half < 0.001
+
+    def test_are_of_all_arms(self, studies, results):
+        found = results(lambda f, column: 0)
+        del found.runs[found.only("digits"), "evaluate", "adamw on E5M2, stiffness after"]
+        with pytest.raises(ValueError, match="digits needs two seeds or more of adamw on E5M2, stiffness after: run"):
+            studies["report"].verdicts_table(found)
 
 
 class TestPublished:
@@ -349,7 +387,8 @@ class TestPublished:
 def test_every_arm_has_its_twin(studies):
     arms = studies["arms"].ARMS
     assert all(arm.twin is None or arm.twin in arms for arm in arms.values())
-    assert set(studies["arms"].LINE) <= set(arms)
+    assert {*studies["arms"].LINE, *studies["arms"].FORMAT_ARMS, *studies["quality"].QUICK} <= set(arms)
+    assert {of(f) for of in studies["report"].STIFFENED.values() for f in studies["arms"].FAMILY} <= set(arms)
 
 
 def test_additions_are_right(studies, monkeypatch):

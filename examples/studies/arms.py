@@ -78,29 +78,29 @@ def muon(schedule, b1, b2, seed):
     return optax.contrib.muon(schedule, muon_weight_dimension_numbers=matrices, consistent_rms=0.2, **options)
 
 
-def by_spacing(format: str, where: str = "after") -> Optimizer:
-    """AdamW whose gradients ("before" Adam, as in AltGrad) or directions ("after") are multiplied by a spacing.
+def by_stiffness(format: str, where: str = "after") -> Optimizer:
+    """AdamW with gradients ("before" Adam, as in AltGrad) or directions ("after") times the stiffness of a format.
 
-    It is that of the grid of the stored weights, or of one that would store them, at each weight, relative to its
-    geometric mean over all. In a uniform format it is that of the row: after Adam, a learning rate per row.
+    The stiffness is that of the grid that holds the weights, or else of the one that `to_grid` would make, over its
+    geometric mean. In a uniform format, after Adam, it is a learning rate per row. Biases and gains have none.
     """
+    stiffness = ag.stiffness_precondition(format=format, max_stiffness=float("inf"))
+
+    def update(updates, state, params, *, grid_scale=None, **extra_args):
+        del extra_args  # Those of other transformations of the chain.
+        grid_scale = scales(params, format) if grid_scale is None else grid_scale
+        stiff, _ = stiffness.update(jax.tree.map(jnp.ones_like, params), state, params, grid_scale=grid_scale)
+        pairs = zip(jax.tree.leaves(stiff), jax.tree.leaves(grid_scale), strict=True)
+        average = jnp.exp(jnp.concatenate([jnp.ravel(jnp.log(s)) for s, scale in pairs if jnp.ndim(scale)]).mean())
+        return jax.tree.map(
+            lambda u, s, scale: u * (s / average) if jnp.ndim(scale) else u, updates, stiff, grid_scale
+        ), state
 
     def optimizer(schedule, b1, b2, seed):
-        def update(updates, state, params, *, grid_scale=None):
-            def spacing(w, scale):
-                return jnp.log(scale * ag.spacing(w / scale, format)) if jnp.ndim(scale) else None
-
-            spacings = jax.tree.map(spacing, params, scales(params, format) if grid_scale is None else grid_scale)
-            average = jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(spacings)]).mean()
-            factor = jax.tree.map(
-                lambda x: 1.0 if x is None else jnp.exp(x - average), spacings, is_leaf=lambda x: x is None
-            )
-            return jax.tree.map(jnp.multiply, updates, factor), state
-
-        stiffness = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
         adam = optax.scale_by_adam(b1, b2, EPS)
+        relative = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
         return optax.chain(
-            *((stiffness, adam) if where == "before" else (adam, stiffness)),
+            *((relative, adam) if where == "before" else (adam, relative)),
             optax.add_decayed_weights(WEIGHT_DECAY),
             optax.scale_by_learning_rate(schedule),
         )
@@ -130,12 +130,12 @@ def no_momentum(schedule, b1, b2, seed):
     return ag.grid_adamw(schedule, 0.0, b2, EPS, WEIGHT_DECAY, seed=seed)
 
 
-def compressed(optimizer: Optimizer, min_size: int = 256) -> Optimizer:
+def compressed(optimizer: Optimizer) -> Optimizer:
     """Any float32 optimizer on stored weights, rounded stochastically, with its moments in one byte."""
 
     def stored(schedule, b1, b2, seed):
         inner = ag.on_grid(optimizer(schedule, b1, b2, seed), seed=seed)
-        return ag.compress_state(inner, seed=seed, min_size=min_size)
+        return ag.compress_state(inner, seed=seed, min_size=256)
 
     return stored
 
@@ -156,7 +156,7 @@ def four_bits(schedule, b1, b2, seed):
         moved = jax.tree.map(lambda m, u: b1 * m + (1 - b1) * u, momentum, updates)
 
         def kept(path, m):
-            if m.ndim < 2:
+            if m.ndim < 2 or "gain" in str(path[-1]):
                 return m
             scale = ag.power_of_two_scale(m, "float4_e2m1fn", -1)
             own = jax.random.fold_in(key, hash_of(path))
@@ -179,14 +179,14 @@ def hash_of(path) -> int:
 def scale_by_apollo_mini(b1, b2, seed, period=200, growth=1.01):
     """APOLLO-Mini (Zhu et al. 2024, arXiv 2412.05270): Adam of a random projection to rank 1 scales the gradient.
 
-    Every matrix is multiplied by sqrt(128) times the ratio of the norms of Adam's update and of the projected gradient.
-    The norm of an update grows by at most 1 % per step. Vectors have Adam.
+    The matrices of the layers are multiplied by sqrt(128) times the ratio of the norms of Adam's update and of the
+    projected gradient. The norm of an update grows by at most 1 % per step. All else has Adam, as in its authors' code.
     """
     adam = optax.scale_by_adam(b1, b2, EPS)
 
     def projected(step, updates):
         def of(path, g):
-            if g.ndim < 2:
+            if g.ndim < 3:
                 return g
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step // period), hash_of(path))
             return jax.random.normal(key, (1, g.shape[-2])) @ g
@@ -194,8 +194,9 @@ def scale_by_apollo_mini(b1, b2, seed, period=200, growth=1.01):
         return jax.tree.map_with_path(of, updates)
 
     def init(params):
-        small = jax.tree.map(lambda p: jnp.zeros_like(p[..., :1, :] if p.ndim > 1 else p), params)
-        return jnp.int32(0), adam.init(small), jax.tree.map(lambda p: jnp.zeros((*p.shape[:-2], 1, 1)), params)
+        small = jax.tree.map(lambda p: jnp.zeros_like(p[..., :1, :] if p.ndim > 2 else p), params)
+        norms = jax.tree.map(lambda p: jnp.zeros((*p.shape[:-2], 1, 1) if p.ndim > 2 else ()), params)
+        return jnp.int32(0), adam.init(small), norms
 
     def update(updates, state, params=None):
         step, inner, before = state
@@ -203,7 +204,7 @@ def scale_by_apollo_mini(b1, b2, seed, period=200, growth=1.01):
         moved, inner = adam.update(small, inner)
 
         def scaled(g, r, m, last):
-            if g.ndim < 2:
+            if g.ndim < 3:
                 return m, last
             update = 128**0.5 * norm(m) / (norm(r) + EPS) * g
             limit = jnp.where(last > 0, growth * last, jnp.inf)
@@ -253,26 +254,21 @@ def scale(schedule, b1, b2, seed):
 # AltGrad's formats of 8 bits, from a uniform one to powers of two; under a scale E1M6 is E0M7.
 FAMILY = ("E0M7", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 FACTORED, PLAIN, ROWS = "factored", "factored, no momentum", "adamw, a rate per row"
-EIGHT_BITS = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
-
-
-def arm_of(format: str, size: str, optimizer: Optimizer, twin: str) -> Arm:
-    headline = format in ("float8_e3m4", "float8_e4m3fn")
-    return Arm(f"{size} {format.rpartition('_')[2]}", optimizer, format, twin=twin, headline=headline)
+NARROW = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
 
 
 def after(format: str) -> str:
     """The name of the arm whose stiffness is that of a format, with weights that no grid rounds."""
-    return f"adamw, stiffness of {format} after"
+    return ROWS if format == FAMILY[0] else f"adamw, stiffness of {format} after"
 
 
 def with_stiffness(format: str) -> Iterator[Arm]:
     """AdamW on float32 weights that the forward pass rounds, and on weights of one byte; without stiffness, and with.
 
-    "adamw through FORMAT, stiffness before" is AltGrad's ManifoldAdamW with its master copy.
+    AltGrad's ManifoldAdamW is nearest to "adamw through FORMAT, stiffness before".
     """
     for name, where in (("", None), (", stiffness before", "before"), (", stiffness after", "after")):
-        optimizer, shift = (by_spacing(format, where), -2 * (where == "after")) if where else (adamw, 0)
+        optimizer, shift = (by_stiffness(format, where), -2 * (where == "after")) if where else (adamw, 0)
         for storage in ("through", "on"):
             twin = f"adamw {storage} {format}" if where else "adamw"
             how = {"forward": format} if storage == "through" else {"format": format}
@@ -295,17 +291,17 @@ ARMS = {
         Arm(PLAIN, functools.partial(rmsprop, factored=True), headline=True),
         Arm("muon", muon),
         Arm("lion", lion, shift=-5),
-        Arm(ROWS, by_spacing(FAMILY[0]), twin="adamw", shift=-1),
-        *(Arm(after(f), by_spacing(f), twin=ROWS, shift=-2) for f in FAMILY[1:]),
+        Arm(ROWS, by_stiffness(FAMILY[0]), twin="adamw", shift=-1),
+        *(Arm(after(f), by_stiffness(f), twin=ROWS, shift=-2) for f in FAMILY[1:]),
         *itertools.chain.from_iterable(map(with_stiffness, FAMILY)),
         *(
             Arm(f"1 byte {f.rpartition('_')[2]}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4")
-            for f in EIGHT_BITS
+            for f in NARROW
         ),
         Arm("1.5 bytes e3m4", four_bits, "float8_e3m4", twin=FACTORED),
         *(
             Arm(f"2 bytes {f.rpartition('_')[2]}", two_bytes, f, twin=FACTORED, headline=f == "float8_e3m4")
-            for f in EIGHT_BITS
+            for f in NARROW
         ),
         Arm("2 bytes, 16 bits e3m4", no_momentum, "float8_e3m4", 8, twin=PLAIN, headline=True),
         Arm("2 bytes, bfloat16", no_momentum, "bfloat16", twin=PLAIN, headline=True),
@@ -323,8 +319,8 @@ ARMS = {
         Arm("4 bytes, bfloat16", compressed(adamw), "bfloat16", twin="adamw"),
     )
 }
-FORMATS = ("adamw", ROWS, *map(after, FAMILY[1:]), *(arm.name for f in FAMILY for arm in with_stiffness(f)))
-TABLE = [name for name in ARMS if name not in FORMATS or name in ("adamw", ROWS, after("E2M5"), after("E4M3"))]
+FORMAT_ARMS = ("adamw", *map(after, FAMILY), *(arm.name for f in FAMILY for arm in with_stiffness(f)))
+TABLE = [name for name in ARMS if name not in FORMAT_ARMS or name in ("adamw", ROWS, after("E2M5"), after("E4M3"))]
 LINE = (
     "adamw",
     FACTORED,

@@ -29,7 +29,10 @@ Run = dict
 
 
 class Store:
-    """Runs in a file of JSON lines, `name.jsonl`, after those of `name.jsonl.xz`, which the repository keeps."""
+    """Runs in a file of JSON lines, `name.jsonl`, after those of `name.jsonl.xz`, which the repository keeps.
+
+    An arm that changes needs another name, or a file without its old lines: they would be taken for its own.
+    """
 
     def __init__(self, path: pathlib.Path, results: Iterable[str]):
         self.path, self.results = path, frozenset(results)
@@ -41,7 +44,8 @@ class Store:
 
     def _keep(self, run: Run) -> None:
         if "commit" in run:
-            self.starts.append(run)
+            if run not in self.starts:
+                self.starts.append(run)
         else:
             self.runs[self.identity(run)] = run
 
@@ -62,9 +66,14 @@ class Store:
     def pack(self) -> pathlib.Path:
         """Compresses all runs into `name.jsonl.xz`, for the repository."""
         packed = self.path.with_name(self.path.name + ".xz")
+        moved = self.path.with_name(self.path.name + ".packing")
+        if self.path.exists():  # Out of the way of a study that goes on.
+            self.path.rename(moved)
+            for line in _lines(moved):
+                self._keep(line)
         text = "".join(json.dumps(run) + "\n" for run in (*self.starts, *self.runs.values()))
         packed.write_bytes(lzma.compress(text.encode(), preset=9))
-        self.path.unlink(missing_ok=True)
+        moved.unlink(missing_ok=True)
         return packed
 
 
@@ -74,7 +83,8 @@ def _lines(path: pathlib.Path) -> Iterable[Run]:
     if path.exists():
         texts.append(path.read_text())
         if not texts[-1].endswith("\n"):  # A kill cut the last line off.
-            path.write_text(texts[-1] + "\n")
+            with path.open("a") as file:
+                file.write("\n")
     for line in "".join(text + "\n" for text in texts).splitlines():
         try:
             if line:

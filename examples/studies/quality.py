@@ -8,9 +8,9 @@
     python examples/studies/quality.py report             # tables and pictures of what is there, in docs too
     python examples/studies/quality.py table --quick      # a few arms of a tiny model, in a temporary folder
 
-Every arm takes its own best learning rate of the powers of sqrt(2), chosen with seeds that evaluate nothing; then fresh
-seeds, which give initial weights, batches and random bits, compare arms in pairs. Runs are lines of
-results/quality.jsonl beside this file, and a restart goes on where the last one ended. On an accelerator
+Every arm takes its own best learning rate of the powers of sqrt(2), chosen once, on one device, with seeds that
+evaluate nothing; then fresh seeds, which give initial weights, batches and random bits, compare arms in pairs. Runs are
+lines of results/quality.jsonl beside this file, and a restart goes on where the last one ended. On an accelerator
 `--lanes 24 --workers 8` trains 24 runs at once and compiles in eight threads. Needs `pip install -e ".[study]"`.
 """
 
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import training
-from arms import ARMS, FACTORED, FORMATS, LINE, TABLE
+from arms import ARMS, FACTORED, FORMAT_ARMS, LINE, TABLE
 from report import DOCS, SMALL_TASKS, TABLE_SIZE, Results, documentation, draw, draw_formats, draw_stiffness, report
 from tasks import TASKS
 
@@ -43,8 +43,9 @@ VARIANTS = {
     "b2 = 0.999": (1.0, {"b2": 0.999}),
     "a gradient times 1e6": (1.0, {"spike": 1e6}),
 }
-VARIANT_SEEDS = 8
-QUICK = ("adamw", FACTORED, "2 bytes e3m4", "adamw through E4M3", "adamw through E4M3, stiffness before")
+USUAL = {"tune": [TUNING_SIZE], "table": [TABLE_SIZE], "line": ["7k", "60k", "260k", "1M"], "formats": SMALL_TASKS}
+SEEDS = 8  # Of arms that are no headlines, and of variants.
+QUICK = ("adamw", FACTORED, "2 bytes e3m4", "adamw through E4M3, stiffness before", "adamw on E4M3, stiffness after")
 
 
 class Runner:
@@ -94,8 +95,8 @@ def rate(exponent: int) -> float:
 def tuned(store: harness.Store) -> dict:
     """The hyperparameters with which AdamW has its lowest mean loss on the tuning task."""
     groups: dict[tuple, list[float]] = {}
-    for run in store.runs.values():
-        if run["role"] == "tune":
+    for run in list(store.runs.values()):
+        if run["role"] == "tune" and run["task"] == TUNING_SIZE:
             loss = np.inf if run["loss"] is None else run["loss"]
             groups.setdefault((run["b1"], run["b2"], run["warm_up"], run["learning_rate"]), []).append(loss)
     if not groups:
@@ -119,10 +120,11 @@ def tune(runner: Runner, task: training.Task) -> None:
 
 
 def evaluated(store: harness.Store, names: dict) -> float | None:
-    """The learning rate that runs with these names evaluate, on whatever device; None where there is no such run."""
+    """The learning rate of the last run that evaluates with these names, on this device or else on another one."""
     about = {name: value for name, value in names.items() if name not in ("jax", "device")}
-    rates = (run["learning_rate"] for run in store.runs.values() if about.items() <= run.items())
-    return next(rates, None)
+    known = [run for run in list(store.runs.values()) if about.items() <= run.items()]
+    here = [run for run in known if names.items() <= run.items()]
+    return (here or known)[-1]["learning_rate"] if known else None
 
 
 def study(runner: Runner, task: training.Task, arm, seeds: int, variants: bool) -> None:
@@ -144,28 +146,24 @@ def study(runner: Runner, task: training.Task, arm, seeds: int, variants: bool) 
     wanted = [name("evaluate", **numbers, learning_rate=best, seed=s) for s in range(seeds)]
     for role, (factor, changed) in VARIANTS.items() if variants else ():
         wanted += [
-            name(role, **numbers | changed, learning_rate=factor * best, seed=s)
-            for s in range(min(seeds, VARIANT_SEEDS))
+            name(role, **numbers | changed, learning_rate=factor * best, seed=s) for s in range(min(seeds, SEEDS))
         ]
     runner.losses(task, arm, wanted)
 
 
 def jobs_of(command: str, sizes: list[str], most_seeds: int | None) -> list[tuple]:
     """Task, arm, seeds and whether there are variants."""
-    if command == "tune":
-        return [(TUNING_SIZE, "adamw", 0, False)]
-    seeds = lambda task, arm: min(most_seeds or task.seeds, task.seeds if arm.headline else 8)  # noqa: E731
-    tasks = [TASKS[name] for name in sizes]
-    if command in ("line", "formats"):
-        arms = LINE if command == "line" else FORMATS
-        return [(task.name, name, min(most_seeds or 8, task.seeds), False) for task in tasks for name in arms]
-    jobs = [
-        (task.name, arm.name, seeds(task, arm), arm.headline and task.name == TABLE_SIZE)
-        for task in tasks
-        for arm in map(ARMS.get, TABLE)
-    ]
-    batches = [f"{TABLE_SIZE}, batch 2", f"{TABLE_SIZE}, batch 32"] if sizes == [TABLE_SIZE] else []
-    return jobs + [(name, arm, 8, False) for name in batches for arm in ("adamw", FACTORED, "2 bytes e3m4")]
+    names = {"tune": ["adamw"], "table": TABLE, "line": LINE, "formats": FORMAT_ARMS}[command]
+    pairs = [(TASKS[task], ARMS[name]) for task in sizes for name in names]
+    if command == "table" and sizes == [TABLE_SIZE]:
+        batches = f"{TABLE_SIZE}, batch 2", f"{TABLE_SIZE}, batch 32"
+        pairs += [(TASKS[task], ARMS[name]) for task in batches for name in ("adamw", FACTORED, "2 bytes e3m4")]
+    jobs = []
+    for task, arm in pairs:
+        headline = command == "table" and arm.headline and task.name in sizes
+        seeds = min(most_seeds or (task.seeds if headline else SEEDS), task.seeds)
+        jobs.append((task.name, arm.name, 0 if command == "tune" else seeds, headline and task.name == TABLE_SIZE))
+    return jobs
 
 
 def work(path: pathlib.Path, lanes: int, job: tuple, runner: Runner | None = None) -> None:
@@ -195,7 +193,9 @@ def main() -> None:
     parser.add_argument("command", choices=("tune", "table", "line", "formats", "report", "pack"))
     parser.add_argument("--sizes", nargs="+", choices=TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all of the command")
-    parser.add_argument("--seeds", type=int, help="the most seeds of an arm; default: 8 to 24")
+    parser.add_argument(
+        "--seeds", type=int, help="of an arm, at most those of its task; default: 8, of headline arms 24"
+    )
     parser.add_argument("--lanes", type=int, default=1, help="runs at once, by jax.vmap; default: %(default)s")
     parser.add_argument(
         "--workers", type=int, default=2, help="CPU processes, or threads with lanes; default: %(default)s"
@@ -203,8 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="a few arms of a tiny model, in a temporary folder")
     args = parser.parse_args()
-    usual = {"table": [TABLE_SIZE], "line": ["7k", "60k", "260k", "1M"], "formats": SMALL_TASKS}
-    sizes = args.sizes or usual.get(args.command, [])
+    sizes = args.sizes or USUAL.get(args.command, [])
     if args.quick:
         sizes, args.arms = ["tiny"], QUICK
         args.out = pathlib.Path(tempfile.mkdtemp()) / RESULTS.name
@@ -215,6 +214,8 @@ def main() -> None:
     if args.command != "report":
         store.add(harness.provenance())
         jobs = [job for job in jobs_of(args.command, sizes, args.seeds) if job[1] in args.arms]
+        if not jobs:
+            parser.error(f"--arms must name arms of {args.command}, got {', '.join(args.arms)}.")
         if args.lanes > 1 or args.workers == 1:
             runner = Runner(store, args.lanes)
             harness.in_threads(

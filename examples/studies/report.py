@@ -7,7 +7,7 @@ from collections.abc import Callable
 import harness
 import numpy as np
 import training
-from arms import ARMS, FAMILY, LINE, ROWS, TABLE, after
+from arms import ARMS, FAMILY, FORMAT_ARMS, LINE, ROWS, TABLE, after
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
@@ -18,15 +18,15 @@ import altgrad_jax as ag
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 TABLE_SIZE, SMALL_TASKS = "60k", ("character MLP", "digits")
 STIFFNESS = (ROWS, *(name for name in TABLE if ARMS[name].twin == ROWS))
-# Where stiffness may act: what rounds, and whether it stands before Adam or after it.
-PLACES = {
-    "float32, after": lambda f: (after(f) if f != FAMILY[0] else ROWS, "adamw"),
-    "rounded forward, before": lambda f: (f"adamw through {f}, stiffness before", f"adamw through {f}"),
-    "rounded forward, after": lambda f: (f"adamw through {f}, stiffness after", f"adamw through {f}"),
-    "one byte, before": lambda f: (f"adamw on {f}, stiffness before", f"adamw on {f}"),
-    "one byte, after": lambda f: (f"adamw on {f}, stiffness after", f"adamw on {f}"),
+# Where stiffness may act: what is rounded, and whether it stands before Adam or after it.
+STIFFENED = {
+    "float32, after": after,
+    "rounded forward, before": "adamw through {}, stiffness before".format,
+    "rounded forward, after": "adamw through {}, stiffness after".format,
+    "one byte, before": "adamw on {}, stiffness before".format,
+    "one byte, after": "adamw on {}, stiffness after".format,
 }
-COMPARISONS = len(SMALL_TASKS) * len(PLACES) * len(FAMILY)
+COMPARISONS = len(SMALL_TASKS) * len(STIFFENED) * len(FAMILY)
 Runs = dict[int, dict]  # By seed.
 Place = tuple[str, str, str]  # Task, kind of device, version of jax: what is compared was trained in one place.
 
@@ -120,37 +120,52 @@ def gaps_table(results: Results, places: list[Place], to_twin: bool) -> str:
     return harness.table(["arm", *map(head, places)], [row for row in rows if any(row[1:])])
 
 
+def plain(name: str) -> str:
+    """AdamW without the stiffness of an arm."""
+    return "adamw" if name in map(after, FAMILY) else ARMS[name].twin
+
+
 def formats_table(results: Results, place: Place) -> str:
-    """AdamW's gaps to float32 by format, and the gaps of stiffness to AdamW with the same rounding."""
-    plain = {"rounded forward": lambda f: (f"adamw through {f}", "adamw")}
-    plain["one byte"] = lambda f: (f"adamw on {f}", "adamw")
-    columns = plain | PLACES
-    rows = [[f, *(results.written(place, *pair(f), digits=3) for pair in columns.values())] for f in FAMILY]
-    return harness.table(["format", *columns], [row for row in rows if any(row[1:])])
+    """AdamW's gaps to float32 by format, and those of stiffness to AdamW with the same rounding."""
+    columns = {"rounded forward": "adamw through {}".format, "one byte": "adamw on {}".format} | STIFFENED
+    rows = [[f, *(results.written(place, of(f), plain(of(f)), digits=3) for of in columns.values())] for f in FAMILY]
+    return harness.table(["format", *columns], rows)
+
+
+def stiffness_gaps(results: Results, place: Place) -> np.ndarray:
+    """Gaps to AdamW with the same rounding, and half widths for all comparisons, `[format, column, 2]`.
+
+    NaN where a run diverged.
+    """
+    arms = [[of(f) for of in STIFFENED.values()] for f in FAMILY]
+    if missing := [name for row in arms for name in row if results.gap(place, name, plain(name))[2] < 2]:
+        raise ValueError(f"{place[0]} needs two seeds or more of {'; '.join(missing)}: run quality.py formats.")
+    return np.array(
+        [[results.gap(place, name, plain(name), comparisons=COMPARISONS)[:2] for name in row] for row in arms]
+    )
 
 
 def verdicts_table(results: Results) -> str:
-    """Formats in which stiffness gains and loses for certain, and the change of its gap per mantissa bit."""
+    """Formats in which stiffness gains and loses, counting all comparisons, and its gap's slope over mantissa bits."""
     rows = []
     for place in map(results.only, SMALL_TASKS):
-        for name, pair in PLACES.items():
-            found = {f: results.gap(place, *pair(f), comparisons=COMPARISONS)[:2] for f in FAMILY}
-            gains = [f for f, (average, half) in found.items() if average + half < 0]
-            loses = [f for f, (average, half) in found.items() if average - half > 0]
-            average, half = slope(results, place, pair)
-            rows.append(
-                [place[0], name, *(", ".join(x) or "none" for x in (gains, loses)), f"{average:+.4f} ± {half:.4f}"]
-            )
+        for (name, of), gaps in zip(STIFFENED.items(), stiffness_gaps(results, place).swapaxes(0, 1), strict=True):
+            gains = [f for f, (average, half) in zip(FAMILY, gaps, strict=True) if average + half < 0]
+            loses = [f for f, (average, half) in zip(FAMILY, gaps, strict=True) if not average - half <= 0]
+            average, half = slope(results, place, of)
+            per_bit = f"{average:+.4f} ± {half:.4f}" if np.isfinite(average) else "diverged"
+            rows.append([place[0], name, *(", ".join(x) or "none" for x in (gains, loses)), per_bit])
     return harness.table(["task", "stiffness", "gains", "loses", "per bit"], rows)
 
 
-def slope(results: Results, place: Place, pair: Callable[[str], tuple[str, str]]) -> tuple[float, float]:
-    """Of a line through the gap over the mantissa bits of the formats, fitted for each seed: mean and half width."""
-    losses = [[losses_of(results.of(place, name)) for name in pair(f)] for f in FAMILY]
-    seeds = set.intersection(*(set(runs) for two in losses for runs in two))
-    bits = [ag.as_format(f).mantissa_bits for f in FAMILY]
-    gaps = [[stiff[seed] - plain[seed] for stiff, plain in losses] for seed in sorted(seeds)]
-    return harness.interval([float(np.polyfit(bits, row, 1)[0]) for row in gaps if np.isfinite(row).all()])[:2]
+def slope(results: Results, place: Place, of: Callable[[str], str]) -> tuple[float, float]:
+    """Of a line through the gaps over the mantissa bits of the formats, fitted for each seed: mean and half width."""
+    pairs = [[losses_of(results.of(place, name)) for name in (of(f), plain(of(f)))] for f in FAMILY]
+    seeds = set.intersection(*(set(runs) for pair in pairs for runs in pair))
+    bits = np.array([ag.as_format(f).mantissa_bits for f in FAMILY])
+    gaps = np.array([[stiff[seed] - without[seed] for stiff, without in pairs] for seed in sorted(seeds)])
+    slopes = gaps @ (bits - bits.mean()) / np.sum((bits - bits.mean()) ** 2)
+    return harness.interval(slopes.tolist(), COMPARISONS // len(FAMILY))[:2]
 
 
 def head(place: Place) -> str:
@@ -196,7 +211,7 @@ def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]
     pages = [DOCS / "results" / name for name in ("quality.md", "format-study.md")]
     written = {page: with_tables(page.read_text()) for page in pages}
     if tables:
-        raise ValueError(f"the pages have no place for {', '.join(tables)}: add <!-- name --> and <!-- end -->.")
+        raise ValueError(f"the pages have no place for {'; '.join(tables)}: add <!-- name --> and <!-- end -->.")
     return written
 
 
@@ -250,23 +265,20 @@ def draw_stiffness(results: Results, path: pathlib.Path) -> None:
 
 
 def draw_formats(results: Results, path: pathlib.Path) -> None:
-    """What stiffness costs AdamW, by task, format and place. Bold: for certain, over all comparisons."""
-    places = [place for place in results.places if place[0] in SMALL_TASKS]
-    gaps = {
-        place: [[results.gap(place, *pair(f), comparisons=COMPARISONS)[:2] for pair in PLACES.values()] for f in FAMILY]
-        for place in places
-    }
-    gaps = {place: np.array(rows) for place, rows in gaps.items() if np.isfinite(rows).any()}
-    if not gaps:
+    """What stiffness costs AdamW, by task, format and place. Bold: counting all comparisons."""
+    places = [place for place in results.places if place[0] in SMALL_TASKS and results.of(place, FORMAT_ARMS[-1])]
+    if not places:
         return
-    figure = Figure(figsize=(4 * len(gaps) + 1, 4), layout="constrained")
-    for axes, (place, rows) in zip(figure.subplots(1, len(gaps), squeeze=False)[0], gaps.items(), strict=True):
-        axes.imshow(rows[..., 0], cmap="RdBu_r", vmin=-0.1, vmax=0.1, aspect="auto")
-        for (i, j), average in np.ndenumerate(rows[..., 0]):
-            certain = abs(average) > rows[i, j, 1]
-            axes.text(j, i, f"{average:+.3f}", ha="center", va="center", fontsize=8, weight="bold" if certain else None)
-        axes.set_xticks(range(len(PLACES)), [name.replace(", ", ",\n") for name in PLACES], fontsize=7)
+    figure = Figure(figsize=(4.5 * len(places) + 1, 4), layout="constrained")
+    for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
+        gaps = stiffness_gaps(results, place)
+        axes.imshow(np.nan_to_num(gaps[..., 0], nan=1), cmap="RdBu_r", vmin=-0.1, vmax=0.1, aspect="auto")
+        for (i, j), average in np.ndenumerate(gaps[..., 0]):
+            text = f"{average:+.3f}" if np.isfinite(average) else "diverged"
+            weight = "bold" if not abs(average) <= gaps[i, j, 1] else None
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, weight=weight)
+        axes.set_xticks(range(len(STIFFENED)), [name.replace(", ", ",\n") for name in STIFFENED], fontsize=7)
         axes.set_yticks(range(len(FAMILY)), FAMILY)
         axes.set_title(place[0])
-    figure.suptitle("validation loss above AdamW with the same rounding, nats (bold: for certain)", fontsize=9)
+    figure.suptitle("validation loss above AdamW with the same rounding, nats (bold: at 5 % over all)", fontsize=9)
     figure.savefig(path, dpi=150)

@@ -159,7 +159,7 @@ def addition_validation(params, data):
 TASKS = {task.name: task for task in (*language.SIZES.values(), *language.OTHERS)} | {
     task.name: task
     for task in (
-        Task("character MLP", language.text, mlp_start, mlp_loss, mlp_validation, -14),
+        Task("character MLP", language.text, mlp_start, mlp_loss, mlp_validation, -14, select=2),
         Task("digits", digits, digits_start, digits_loss, digits_validation, -13),
         Task("teacher and student", tuple, teacher_start, teacher_loss, teacher_validation, -12),
         Task("addition", tuple, addition_start, addition_loss, addition_validation, -13, steps=4000),
