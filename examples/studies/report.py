@@ -198,6 +198,7 @@ def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]
         "others, to twins": gaps_table(results, others, True),
         "others, to AdamW": gaps_table(results, others, False),
         "stiffness": arms_table(results, small, list(STIFFNESS), 3),
+        **{f"stiffness, {t}": arms_table(results, results.only(t), [after(f) for f in FAMILY], 3) for t in SMALL_TASKS},
         **{f"formats, {task}": formats_table(results, results.only(task)) for task in SMALL_TASKS},
         "formats, verdicts": verdicts_table(results),
     }
