@@ -312,6 +312,16 @@ ARMS = {
         Arm("2 bytes, lion e3m4", compressed(lion), "float8_e3m4", twin="lion", shift=-5),
         Arm("2 bytes, muon e3m4", compressed(muon), "float8_e3m4", twin="muon"),
         Arm("3 bytes, 16 bits e3m4", two_bytes, "float8_e3m4", 8, twin=FACTORED, headline=True),
+        Arm(
+            "3 bytes, laprop 16 bits",
+            compressed(functools.partial(laprop, factored=True)),
+            "float8_e3m4",
+            8,
+            twin=FACTORED,
+        ),
+        Arm(
+            "6 bytes, laprop 16 bits", stored(functools.partial(laprop, factored=True)), "float8_e3m4", 8, twin=FACTORED
+        ),
         Arm("3 bytes, 8-bit m and v", three_bytes, "float8_e3m4", twin="laprop"),
         Arm("3 bytes, lion 16 bits", compressed(lion), "float8_e3m4", 8, twin="lion", shift=-5),
         Arm("3 bytes, muon 16 bits", compressed(muon), "float8_e3m4", 8, twin="muon"),
