@@ -59,6 +59,9 @@ def laprop(schedule, b1, b2, seed, factored=False):
     return optax.chain(normalized(schedule, b2, factored), optax.ema(b1))
 
 
+factored_laprop = functools.partial(laprop, factored=True)
+
+
 def rmsprop(schedule, b1, b2, seed, factored=False):
     return normalized(schedule, b2, factored)
 
@@ -130,12 +133,12 @@ def no_momentum(schedule, b1, b2, seed):
     return ag.grid_adamw(schedule, 0.0, b2, EPS, WEIGHT_DECAY, seed=seed)
 
 
-def compressed(optimizer: Optimizer) -> Optimizer:
+def compressed(optimizer: Optimizer, **fields: tuple[str, ...]) -> Optimizer:
     """Any float32 optimizer on stored weights, rounded stochastically, with its moments in one byte."""
 
     def stored(schedule, b1, b2, seed):
         inner = ag.on_grid(optimizer(schedule, b1, b2, seed), seed=seed)
-        return ag.compress_state(inner, seed=seed, min_size=256)
+        return ag.compress_state(inner, seed=seed, min_size=256, **fields)
 
     return stored
 
@@ -287,7 +290,7 @@ ARMS = {
         Arm("adamw", adamw, headline=True),
         Arm("laprop", laprop),
         Arm("rmsprop", rmsprop),
-        Arm(FACTORED, functools.partial(laprop, factored=True), headline=True),
+        Arm(FACTORED, factored_laprop, headline=True),
         Arm(PLAIN, functools.partial(rmsprop, factored=True), headline=True),
         Arm("muon", muon),
         Arm("lion", lion, shift=-5),
@@ -312,16 +315,8 @@ ARMS = {
         Arm("2 bytes, lion e3m4", compressed(lion), "float8_e3m4", twin="lion", shift=-5),
         Arm("2 bytes, muon e3m4", compressed(muon), "float8_e3m4", twin="muon"),
         Arm("3 bytes, 16 bits e3m4", two_bytes, "float8_e3m4", 8, twin=FACTORED, headline=True),
-        Arm(
-            "3 bytes, laprop 16 bits",
-            compressed(functools.partial(laprop, factored=True)),
-            "float8_e3m4",
-            8,
-            twin=FACTORED,
-        ),
-        Arm(
-            "6 bytes, laprop 16 bits", stored(functools.partial(laprop, factored=True)), "float8_e3m4", 8, twin=FACTORED
-        ),
+        Arm("3 bytes, laprop 16 bits", compressed(factored_laprop, first=("ema",)), "float8_e3m4", 8, twin=FACTORED),
+        Arm("6 bytes, laprop 16 bits", stored(factored_laprop), "float8_e3m4", 8, twin=FACTORED),
         Arm("3 bytes, 8-bit m and v", three_bytes, "float8_e3m4", twin="laprop"),
         Arm("3 bytes, lion 16 bits", compressed(lion), "float8_e3m4", 8, twin="lion", shift=-5),
         Arm("3 bytes, muon 16 bits", compressed(muon), "float8_e3m4", 8, twin="muon"),
