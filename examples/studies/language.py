@@ -122,6 +122,6 @@ SIZES = {
 OTHERS = (
     task("60k, batch 2", dataclasses.replace(SMALL, batch=2), center=-16),
     task("60k, batch 32", dataclasses.replace(SMALL, batch=32), center=-13),
-    task("260k, 8000 steps", GPT(64, 5), center=-16, steps=8000, seeds=8),
+    task("260k, 8000 steps", GPT(64, 5), center=-16, steps=8000, select=1, seeds=8),
     task("tiny", GPT(16, 1, batch=2, context=32), center=-13, steps=20, select=1, seeds=2),
 )
