@@ -7,7 +7,7 @@ from collections.abc import Callable
 import harness
 import numpy as np
 import training
-from arms import ARMS, FAMILY, FORMAT_ARMS, LINE, ROWS, TABLE, after
+from arms import ARMS, FAMILY, FORMAT_ARMS, LINE, SOME, TABLE, after
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
@@ -17,7 +17,6 @@ import altgrad_jax as ag
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 TABLE_SIZE, SMALL_TASKS = "60k", ("character MLP", "digits")
-STIFFNESS = (ROWS, *(name for name in TABLE if ARMS[name].twin == ROWS))
 # Where stiffness may act: what is rounded, and whether it stands before Adam or after it.
 STIFFENED = {
     "float32, after": after,
@@ -193,11 +192,11 @@ def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]
     tables = {
         "line, to twins": gaps_table(results, sizes, True),
         "line, to AdamW": gaps_table(results, sizes, False),
-        "arms": arms_table(results, small, [name for name in TABLE if name not in STIFFNESS], 3),
+        "arms": arms_table(results, small, [name for name in TABLE if name not in SOME], 3),
         "settings": settings_table(results, small, roles, 3),
         "others, to twins": gaps_table(results, others, True),
         "others, to AdamW": gaps_table(results, others, False),
-        "stiffness": arms_table(results, small, list(STIFFNESS), 3),
+        "stiffness": arms_table(results, small, list(SOME), 3),
         **{f"stiffness, {t}": arms_table(results, results.only(t), [after(f) for f in FAMILY], 3) for t in SMALL_TASKS},
         **{f"formats, {task}": formats_table(results, results.only(task)) for task in SMALL_TASKS},
         "formats, verdicts": verdicts_table(results),
@@ -239,27 +238,27 @@ def draw(results: Results, path: pathlib.Path) -> None:
 
 
 def draw_stiffness(results: Results, path: pathlib.Path) -> None:
-    """What a rate per row and stiffness after Adam cost AdamW, and each other."""
-    figure = Figure(figsize=(7, 2.2), layout="constrained")
+    """What a rate per row and stiffness cost AdamW, and what stiffness costs the arm that has less of it."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.subplots()
-    for reference, color in (("adamw", "tab:blue"), (ROWS, "tab:orange")):
-        points = [
-            (*results.gap(place, name, reference)[:2], i)
-            for i, name in enumerate(STIFFNESS)
-            for place in results.places
-            if place[0] == TABLE_SIZE and name != reference and results.of(place, name)
-        ]
+    places = [place for place in results.places if place[0] == TABLE_SIZE]
+    for label, color in (("AdamW", "tab:blue"), ("its twin", "tab:orange")):
+        points = []
+        for i, name in enumerate(SOME):
+            reference = "adamw" if label == "AdamW" else ARMS[name].twin
+            if reference != "adamw" or label == "AdamW":
+                points += [(*results.gap(place, name, reference)[:2], i) for place in places if results.of(place, name)]
         if points:
             average, half, row = np.transpose(points)
-            axes.errorbar(average, row, xerr=half, fmt="o", capsize=3, color=color, label=f"above {reference}")
+            axes.errorbar(average, row, xerr=half, fmt="o", capsize=3, color=color, label=f"above {label}")
     if not axes.get_legend_handles_labels()[0]:
         return
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set(
-        yticks=range(len(STIFFNESS)),
-        yticklabels=STIFFNESS,
+        yticks=range(len(SOME)),
+        yticklabels=SOME,
         xlabel="validation loss, nats",
-        ylim=(len(STIFFNESS) - 0.5, -0.5),
+        ylim=(len(SOME) - 0.5, -0.5),
     )
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
