@@ -325,9 +325,9 @@ ARMS = {
     )
 }
 FORMAT_ARMS = ("adamw", *map(after, FAMILY), *(arm.name for f in FAMILY for arm in with_stiffness(f)))
-# Of these the table has some, so that a GPT has them.
-SOME = (ROWS, after("E2M5"), after("E4M3"), "adamw through E3M4", "adamw through E3M4, stiffness before")
-TABLE = [name for name in ARMS if name not in FORMAT_ARMS or name in ("adamw", *SOME)]
+# Of these the GPT of the table trains some.
+GPT_ARMS = (ROWS, after("E2M5"), after("E4M3"), "adamw through E3M4", "adamw through E3M4, stiffness before")
+TABLE = [name for name in ARMS if name not in FORMAT_ARMS or name in ("adamw", *GPT_ARMS)]
 LINE = (
     "adamw",
     FACTORED,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import harness
 import numpy as np
 import training
-from arms import ARMS, FAMILY, FORMAT_ARMS, LINE, SOME, TABLE, after
+from arms import ARMS, FAMILY, FORMAT_ARMS, LINE, GPT_ARMS, TABLE, after
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
@@ -192,11 +192,11 @@ def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]
     tables = {
         "line, to twins": gaps_table(results, sizes, True),
         "line, to AdamW": gaps_table(results, sizes, False),
-        "arms": arms_table(results, small, [name for name in TABLE if name not in SOME], 3),
+        "arms": arms_table(results, small, [name for name in TABLE if name not in GPT_ARMS], 3),
         "settings": settings_table(results, small, roles, 3),
         "others, to twins": gaps_table(results, others, True),
         "others, to AdamW": gaps_table(results, others, False),
-        "stiffness": arms_table(results, small, list(SOME), 3),
+        "stiffness": arms_table(results, small, list(GPT_ARMS), 3),
         **{f"stiffness, {t}": arms_table(results, results.only(t), [after(f) for f in FAMILY], 3) for t in SMALL_TASKS},
         **{f"formats, {task}": formats_table(results, results.only(task)) for task in SMALL_TASKS},
         "formats, verdicts": verdicts_table(results),
@@ -244,7 +244,7 @@ def draw_stiffness(results: Results, path: pathlib.Path) -> None:
     places = [place for place in results.places if place[0] == TABLE_SIZE]
     for label, color in (("AdamW", "tab:blue"), ("its twin", "tab:orange")):
         points = []
-        for i, name in enumerate(SOME):
+        for i, name in enumerate(GPT_ARMS):
             reference = "adamw" if label == "AdamW" else ARMS[name].twin
             if reference != "adamw" or label == "AdamW":
                 points += [(*results.gap(place, name, reference)[:2], i) for place in places if results.of(place, name)]
@@ -255,10 +255,10 @@ def draw_stiffness(results: Results, path: pathlib.Path) -> None:
         return
     axes.axvline(0, color="gray", linewidth=0.8)
     axes.set(
-        yticks=range(len(SOME)),
-        yticklabels=SOME,
+        yticks=range(len(GPT_ARMS)),
+        yticklabels=GPT_ARMS,
         xlabel="validation loss, nats",
-        ylim=(len(SOME) - 0.5, -0.5),
+        ylim=(len(GPT_ARMS) - 0.5, -0.5),
     )
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
