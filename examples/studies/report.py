@@ -7,7 +7,7 @@ from collections.abc import Callable
 import harness
 import numpy as np
 import training
-from arms import ARMS, FAMILY, FORMAT_ARMS, LINE, GPT_ARMS, TABLE, after
+from arms import ARMS, FAMILY, FORMAT_ARMS, GPT_ARMS, LINE, TABLE, after
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
