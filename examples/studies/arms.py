@@ -236,8 +236,13 @@ def apollo_mini(schedule, b1, b2, seed):
 
 
 def scale(schedule, b1, b2, seed):
-    """SCALE (Glentis et al. 2025, arXiv 2506.16659): columns of norm 1, a momentum for the head; Adam for vectors."""
-    columns = optax.stateless_with_tree_map(lambda g, _: g / (jnp.linalg.norm(g, axis=-2, keepdims=True) + EPS))
+    """SCALE (Glentis et al. 2025, arXiv 2506.16659): all columns have a root mean square of 1, as in its authors' code.
+
+    The head has a momentum before, and vectors have Adam.
+    """
+    columns = optax.stateless_with_tree_map(
+        lambda g, _: g / jnp.maximum(jnp.sqrt(jnp.mean(g * g, axis=-2, keepdims=True)), EPS)
+    )
 
     def kind(path, p):
         return "vector" if p.ndim < 2 or "gain" in str(path[-1]) else "head" if "head" in str(path[-1]) else "matrix"
@@ -310,8 +315,8 @@ ARMS = {
         Arm("2 bytes, bfloat16", no_momentum, "bfloat16", twin=PLAIN, headline=True),
         Arm("2 bytes, APOLLO-Mini", stored(apollo_mini), "bfloat16", twin="apollo-mini", shift=1),
         Arm("apollo-mini", apollo_mini, shift=1),
-        Arm("2 bytes, SCALE", stored(scale), "bfloat16", twin="scale", shift=5),
-        Arm("scale", scale, shift=5),
+        Arm("2 bytes, SCALE", stored(scale), "bfloat16", twin="scale", shift=-2),
+        Arm("scale", scale, shift=-2),
         Arm("2 bytes, lion e3m4", compressed(lion), "float8_e3m4", twin="lion", shift=-5),
         Arm("2 bytes, muon e3m4", compressed(muon), "float8_e3m4", twin="muon"),
         Arm("3 bytes, 16 bits e3m4", two_bytes, "float8_e3m4", 8, twin=FACTORED, headline=True),
