@@ -269,14 +269,15 @@ def draw_formats(results: Results, path: pathlib.Path) -> None:
     places = [place for place in results.places if place[0] in SMALL_TASKS and results.of(place, FORMAT_ARMS[-1])]
     if not places:
         return
-    figure = Figure(figsize=(4.5 * len(places) + 1, 4), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(places) + 1, 4), layout="constrained")
     for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places, strict=True):
         gaps = stiffness_gaps(results, place)
         axes.imshow(np.nan_to_num(gaps[..., 0], nan=1), cmap="RdBu_r", vmin=-0.1, vmax=0.1, aspect="auto")
         for (i, j), average in np.ndenumerate(gaps[..., 0]):
             text = f"{average:+.3f}" if np.isfinite(average) else "diverged"
             weight = "bold" if not abs(average) <= gaps[i, j, 1] else None
-            axes.text(j, i, text, ha="center", va="center", fontsize=8, weight=weight)
+            color = "black" if abs(average) < 0.07 else "white"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, weight=weight, color=color)
         axes.set_xticks(range(len(STIFFENED)), [name.replace(", ", ",\n") for name in STIFFENED], fontsize=7)
         axes.set_yticks(range(len(FAMILY)), FAMILY)
         axes.set_title(place[0])
