@@ -280,6 +280,55 @@ class TestStiffness:
         np.testing.assert_allclose(end, expected, rtol=1e-6)
 
 
+class TestRivals:
+    """Directions of their arms on a stack of layers, gains and a head."""
+
+    @pytest.fixture
+    def directions(self, studies):
+        """Of steps with other gradients each: pairs of gradients and directions."""
+
+        def of(optimizer, steps=1):
+            shapes = {"up": (2, 8, 6), "gain": (2, 8), "head": (8, 5)}
+            params = {name: jnp.zeros(shape) for name, shape in shapes.items()}  # Without weight decay.
+            tx = optimizer(lambda step: 1.0, 0.8, 0.995, 0)
+            state, seen = tx.init(params), []
+            for i in range(steps):
+                keys = dict(zip(shapes, jax.random.split(jax.random.key(i), 3), strict=True))
+                gradients = jax.tree.map(lambda key, w: jax.random.normal(key, w.shape), keys, params)
+                updates, state = tx.update(gradients, state, params)
+                seen.append((gradients, jax.tree.map(jnp.negative, updates)))
+            return seen
+
+        return of
+
+    def test_scale_gives_all_columns_the_same_root_mean_square(self, studies, directions):
+        ((gradients, direction),) = directions(studies["arms"].scale)
+        for name in ("up", "head"):
+            np.testing.assert_allclose(jnp.sqrt(jnp.mean(direction[name] ** 2, axis=-2)), 1, rtol=1e-5)
+            assert jnp.all(jnp.sign(direction[name]) == jnp.sign(gradients[name]))
+        np.testing.assert_allclose(direction["gain"], jnp.sign(gradients["gain"]), rtol=1e-5)
+
+    def test_apollo_scales_gradients_of_layers_alone(self, studies, directions):
+        seen, norms = directions(studies["arms"].apollo_mini, steps=6), []
+        for gradients, direction in seen:
+            ratio = direction["up"] / gradients["up"]
+            np.testing.assert_allclose(ratio, jnp.broadcast_to(ratio[:, :1, :1], ratio.shape), rtol=1e-4)
+            assert jnp.all(ratio > 0)
+            norms.append(jnp.linalg.norm(direction["up"], axis=(-2, -1)))
+        growth = jnp.stack(norms[1:]) / jnp.stack(norms[:-1])
+        np.testing.assert_allclose(growth.max(), 1.01, rtol=1e-5)
+        # The first projected update of Adam has the sign of the projected gradient in each of six columns.
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(0), 0), studies["arms"].hash_of([jax.tree_util.DictKey("up")])
+        )
+        up = seen[0][0]["up"]
+        norm = lambda x: jnp.linalg.norm(x, axis=(-2, -1))  # noqa: E731
+        expected = (128 * 6) ** 0.5 * norm(up) / norm(jax.random.normal(key, (1, 8)) @ up)
+        np.testing.assert_allclose(norms[0], expected, rtol=1e-5)
+        for name in ("gain", "head"):
+            np.testing.assert_allclose(seen[0][1][name], jnp.sign(seen[0][0][name]), rtol=1e-5)
+
+
 class TestVerdicts:
     """Of runs that are made up."""
 
