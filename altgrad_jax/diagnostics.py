@@ -224,7 +224,7 @@ def saturation_share(x: Any, format: FormatLike | None = None, scale: ArrayLike 
 
 
 def subnormal_share(x: Any, format: FormatLike | None = None, scale: ArrayLike = 1.0) -> jax.Array:
-    """Share of elements that are nonzero and below the smallest normal number; a uniform format has no normal ones.
+    """Share of elements that are nonzero and below the smallest normal number; without exponent bits none is normal.
 
     Example:
         >>> import altgrad_jax as ag, jax.numpy as jnp

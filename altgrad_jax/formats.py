@@ -89,7 +89,7 @@ class FloatFormat:
 
     @property
     def smallest_normal(self) -> float | None:
-        """The smallest value with a full mantissa; None for a uniform format."""
+        """The smallest value with a full mantissa; None without exponent bits."""
         return math.ldexp(1.0, self.minexp) if self.exponent_bits else None
 
     @property

@@ -143,7 +143,7 @@ def ulp(x: jax.Array, format: FloatFormat) -> jax.Array:
 def ulp_of_number(x: jax.Array, format: FloatFormat) -> jax.Array:
     """`ulp`, except that NaN has that of the largest numbers."""
     lowest, top = (x.dtype.type(2.0**exponent) for exponent in (format.minexp, format.maxexp - 1))
-    # In this order: the binade of a uniform format lies above its largest number.
+    # In this order: the lowest binade of a format without exponent bits lies above its largest number.
     spacing = jnp.maximum(jnp.minimum(leading(x), top), lowest) * x.dtype.type(format.eps)
     tiny = jnp.finfo(x.dtype).tiny
     return spacing if 2.0**format.minexp * format.eps >= tiny else jnp.maximum(spacing, tiny)

@@ -48,7 +48,7 @@ class TestFloatFormat:
 class TestFloatFormatOfAUser:
     """Any widths, bias and maximum make a format, if they fit together."""
 
-    def test_uniform_format_has_no_normal_numbers(self):
+    def test_without_exponent_bits_no_number_is_normal(self):
         assert ag.as_format("E0M7").smallest_normal is None
 
     @pytest.mark.parametrize(

@@ -83,6 +83,31 @@ class TestBytes:
         assert count((stored, state)) / sum(leaf.size for leaf in jax.tree.leaves(params)) <= limit
 
 
+class TestUniformFormats:
+    """The numbers of E1M6 are four times those of E0M7, so that four times the scale makes them the same."""
+
+    @pytest.mark.parametrize("b1", [0.0, 0.9])
+    def test_train_to_the_same_bits(self, b1):
+        key = jax.random.key(0)
+        x = jax.random.normal(key, (16, 8)) * jnp.exp2(jnp.arange(-8.0, 8))[:, None]
+        tx = ag.grid_adamw(0.3, b1, 0.99, weight_decay=0.5)
+
+        @jax.jit
+        def step(params, state, key):
+            updates, state = tx.update(1 + jax.random.normal(key, x.shape), state, params)
+            return optax.apply_updates(params, updates), state
+
+        one, two = start = [ag.to_grid(x, name) for name in ("E0M7", "E1M6")]
+        states = [tx.init(params) for params in start]
+        for own in jax.random.split(key, 20):
+            pairs = [step(params, state, own) for params, state in zip((one, two), states, strict=True)]
+            (one, two), states = zip(*pairs, strict=True)
+        chex.assert_trees_all_equal(one.index, two.index)
+        chex.assert_trees_all_equal(one.exponent, two.exponent + 2)
+        assert (one.exponent > start[0].exponent).any()
+        assert (one.exponent < start[0].exponent).any()
+
+
 class TestChain:
     """Its chain, argument for argument."""
 

@@ -92,13 +92,24 @@ class TestStorage:
 
     @pytest.mark.parametrize(
         ("name", "fraction_bits"),
-        [*((name, 0) for name in oracle.FORMAT_NAMES if name != "bfloat16"), ("float8_e4m3fn", 5), ("E0M7", 5)],
+        [
+            *((name, 0) for name in oracle.FORMAT_NAMES if name != "bfloat16"),
+            ("float8_e4m3fn", 5),
+            ("E0M7", 5),
+            ("E1M6", 5),
+        ],
     )
     def test_scale_of_a_row_is_the_smallest_that_leaves_its_share(self, name, fraction_bits):
-        """Half of the largest number, rounded down to an eighth of its octave; in a uniform format 7/8 of 1."""
-        largest = oracle.table(name)[-1]
+        """Half of the largest number, rounded down to an eighth of its octave; if all steps are equal, an eighth less.
+
+        So the limit is 7/8 of 1 in E0M7 and 7/8 of 4 in E1M6.
+        """
+        numbers = oracle.table(name)
+        largest, uniform = numbers[-1], np.ptp(np.diff(numbers)) == 0
+        assert uniform == (name in ("E0M7", "E1M6"))
         octave = 2.0 ** np.floor(np.log2(largest))
-        limit = 7 / 8 if name == "E0M7" else np.floor(8 * largest / octave) / 8 * octave / 2
+        limit = np.floor(8 * largest / octave) / 8 * octave
+        limit = limit - octave / 8 if uniform else limit / 2
         edges = np.float32(limit) * np.exp2(np.arange(-8, 1, dtype=np.float32))
         rng = np.random.default_rng(0)
         amax = np.concatenate(
@@ -117,7 +128,7 @@ class TestStorage:
         finer = np.asarray(ag.round_nearest(amax / (scale / 2), q.grid))
         assert ((finer >= limit) | (scale == least)).all()
         assert (scale > least).all() or name == "E7M0"
-        assert (amax / (scale * largest) < (1.0 if name == "E0M7" else 0.5)).all()
+        assert (amax / (scale * largest) < (1.0 if uniform else 0.5)).all()
 
     def test_scale_of_bfloat16_is_one(self):
         np.testing.assert_array_equal(ag.to_grid(jnp.array([[1e-30], [1.0], [3e38]]), "bfloat16").scale, 1.0)
