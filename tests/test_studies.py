@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -327,6 +328,76 @@ class TestRivals:
         np.testing.assert_allclose(norms[0], expected, rtol=1e-5)
         for name in ("gain", "head"):
             np.testing.assert_allclose(seen[0][1][name], jnp.sign(seen[0][0][name]), rtol=1e-5)
+
+
+class TestCarries:
+    """Other rules for what a weight owes."""
+
+    @pytest.fixture
+    def stepped(self, studies):
+        """Of steps: stored weights before and after, the updates to take, and what is owed before and after."""
+        arms = studies["arms"]
+
+        def of(rule, start, gradients, rate):
+            tx = arms.carrying("float8_e3m4", *arms.CARRIES[rule])(lambda step: rate, 0.5, 0.99, 0)
+            inner = arms.normalized(lambda step: rate, 0.99, True)
+            params = ag.to_grid(start)
+            state, inner_state, seen = tx.init(params), inner.init(start), []
+            for g in gradients:
+                u, inner_state = inner.update(g, inner_state, ag.from_grid(params))
+                owed = state.inner_state[1][1]
+                updates, state = tx.update(g, state, params)
+                after = optax.apply_updates(params, updates)
+                seen.append((params, after, u, owed, state.inner_state[1][1]))
+                params = after
+            return seen
+
+        return of
+
+    def test_weights_and_what_they_owe_gain_the_updates(self, stepped):
+        start, *gradients = jax.random.normal(jax.random.key(0), (7, 16, 32))
+        for before, after, u, owed, owes in stepped("owed in float32", start, gradients, 0.1):
+            np.testing.assert_allclose(after.value() + owes, before.value() + owed + u, atol=1e-5)
+            assert (after.index != before.index).any()
+
+    @pytest.mark.parametrize(("rule", "parts"), [("owed in quarters of a step", 4), ("owed in 16ths of a step", 16)])
+    def test_of_whole_parts_of_a_step(self, stepped, rule, parts):
+        start, *gradients = jax.random.normal(jax.random.key(0), (7, 16, 32))
+        for before, after, *_, owes in stepped(rule, start, gradients, 0.1):
+            counted = owes / (before.scale * ag.spacing(after.value() / before.scale, "float8_e3m4")) * parts
+            np.testing.assert_array_equal(counted, jnp.round(counted))
+            assert 0 < jnp.abs(counted).max() <= 127
+
+    @pytest.mark.parametrize(
+        ("rule", "share"), [("owed in float32", 0.0), ("owed as in on_grid", 0.0), ("nearest within a quarter", 0.2)]
+    )
+    def test_weights_that_owe_two_fifths_of_a_step(self, stepped, rule, share):
+        """All are nearest to themselves; a move is half of that, so that a fifth is rounded up."""
+        ones = jnp.ones((64, 64))
+        ((before, after, u, *_),) = stepped(rule, ones, [-ones], 0.4 / 16)
+        np.testing.assert_allclose(u, 0.4 / 16, rtol=0.02)
+        assert abs(float(jnp.mean(after.index == before.index + 1)) - share) <= 0.02
+        assert float(jnp.mean(after.index == before.index)) >= 0.78
+
+    def test_the_rule_of_on_grid_moves_weights_as_on_grid(self, studies):
+        """The same mean, by updates that are small beside the steps, after the first ones."""
+        arms, start = studies["arms"], jax.random.normal(jax.random.key(0), (64, 64))
+        gradients = 1 + jax.random.normal(jax.random.key(1), (100, 64, 64))
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def way(optimizer):
+            tx, params = optimizer(lambda step: 0.004, 0.8, 0.99, 0), ag.to_grid(start)
+
+            def step(carry, g):
+                updates, state = tx.update(g, carry[1], carry[0])
+                after = optax.apply_updates(carry[0], updates)
+                return (after, state), jnp.mean(after.value())
+
+            _, means = jax.lax.scan(step, (params, tx.init(params)), gradients)
+            return means[-1] - means[40]
+
+        emulated = arms.carrying("float8_e3m4", *arms.CARRIES["owed as in on_grid"])
+        np.testing.assert_allclose(way(emulated), way(arms.two_bytes), rtol=0.02)
 
 
 class TestVerdicts:

@@ -173,6 +173,72 @@ def four_bits(schedule, b1, b2, seed):
     )
 
 
+Keep = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def carrying(format: str, keep: Keep, within: float = 1.0) -> Optimizer:
+    """Other rules for the momentum that carries the error of rounding; what is owed is kept in float32 here.
+
+    `keep` takes a key, what the weights owe, their steps, and the power of two beyond the largest number of their rows;
+    it gives what a byte would hold. Weights that owe at most `within` steps are rounded to nearest, others at random.
+    """
+
+    def carry(b1, seed):
+        def init(params):
+            return jax.random.key(seed), jax.tree.map(jnp.zeros_like, params)
+
+        def update(updates, state, params, *, grid_scale, **extra_args):
+            del extra_args  # Those of other transformations of the chain.
+            after, key = jax.random.split(state[0])
+
+            def moved(path, u, owed, w, scale):
+                owed += u
+                move = (1 - b1) * owed
+                if not jnp.ndim(scale):
+                    return move, owed - move
+                step = scale * ag.spacing(w / scale, format)
+                near, keys = jnp.abs(owed) <= within * step, jax.random.split(jax.random.fold_in(key, hash_of(path)))
+                target = (w + jnp.where(near, owed, move)) / scale
+                stored = jnp.where(near, ag.round_nearest(target, format), ag.round_stochastic(keys[0], target, format))
+                step, beyond = scale * ag.spacing(stored, format), scale * 2.0 ** ag.as_format(format).maxexp
+                # A number of the grid: `on_grid` rounds nothing, except in a row whose exponent grows.
+                return scale * stored - w, keep(keys[1], owed - (scale * stored - w), step, beyond)
+
+            pairs = jax.tree.map_with_path(moved, updates, state[1], params, grid_scale)
+            updates, owed = (
+                jax.tree.map(lambda pair, i=i: pair[i], pairs, is_leaf=lambda x: isinstance(x, tuple)) for i in (0, 1)
+            )
+            return updates, (after, owed)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return lambda schedule, b1, b2, seed: ag.on_grid(
+        optax.chain(normalized(schedule, b2, True), carry(b1, seed)), seed=seed
+    )
+
+
+def in_units_of(unit: Callable[[jax.Array, jax.Array], jax.Array], format: str) -> Keep:
+    """In one byte: numbers of a format, in units that depend on the step and on the power of two beyond the row."""
+
+    def keep(key, owed, step, beyond):
+        own = unit(step, beyond)
+        return own * ag.round_stochastic(key, owed / own, format)
+
+    return keep
+
+
+# E3M4 ends at 31, E0M7 below 1 with steps of a 128th.
+QUARTER_OF_RANGE = in_units_of(lambda step, beyond: beyond / 128, "E3M4")
+CARRIES = {
+    "owed as in on_grid": (QUARTER_OF_RANGE,),
+    "owed in float32": (lambda key, owed, step, beyond: owed,),
+    "owed in quarters of a step": (in_units_of(lambda step, beyond: 32 * step, "E0M7"),),
+    "owed in 16ths of a step": (in_units_of(lambda step, beyond: 8 * step, "E0M7"),),
+    "owed in steps, E3M4": (in_units_of(lambda step, beyond: step, "E3M4"),),
+    "nearest within a quarter": (QUARTER_OF_RANGE, 0.25),
+}
+
+
 def hash_of(path) -> int:
     return sum(map(ord, jax.tree_util.keystr(path)))
 
@@ -262,8 +328,18 @@ def scale(schedule, b1, b2, seed):
 
 # AltGrad's formats of 8 bits, from a uniform one to powers of two; under a scale E1M6 is E0M7.
 FAMILY = ("E0M7", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
+CARRYING = ("float8_e3m4", "float8_e4m3fn")
 FACTORED, PLAIN, ROWS = "factored", "factored, no momentum", "adamw, a rate per row"
 NARROW = ("float8_e3m4", "float8_e4m3fn", "E2M5", "E1M6", "E0M7", "float6_e2m3fn", "float6_e3m2fn")
+
+
+def short(format: str) -> str:
+    return format.rpartition("_")[2]
+
+
+def carries(format: str, rule: str) -> str:
+    """The name of the arm with a format for weights and a rule for what they owe."""
+    return f"2 bytes {short(format)}, {rule}"
 
 
 def after(format: str) -> str:
@@ -303,14 +379,13 @@ ARMS = {
         Arm(ROWS, by_stiffness(FAMILY[0]), twin="adamw", shift=-1),
         *(Arm(after(f), by_stiffness(f), twin=ROWS, shift=-2) for f in FAMILY[1:]),
         *itertools.chain.from_iterable(map(with_stiffness, FAMILY)),
-        *(
-            Arm(f"1 byte {f.rpartition('_')[2]}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4")
-            for f in NARROW
-        ),
+        *(Arm(f"1 byte {short(f)}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4") for f in NARROW),
         Arm("1.5 bytes e3m4", four_bits, "float8_e3m4", twin=FACTORED),
+        *(Arm(f"2 bytes {short(f)}", two_bytes, f, twin=FACTORED, headline=f == "float8_e3m4") for f in NARROW),
         *(
-            Arm(f"2 bytes {f.rpartition('_')[2]}", two_bytes, f, twin=FACTORED, headline=f == "float8_e3m4")
-            for f in NARROW
+            Arm(carries(f, rule), carrying(f, *how), f, twin=FACTORED)
+            for f in CARRYING
+            for rule, how in CARRIES.items()
         ),
         Arm("2 bytes, 16 bits e3m4", no_momentum, "float8_e3m4", 8, twin=PLAIN, headline=True),
         Arm("2 bytes, bfloat16", no_momentum, "bfloat16", twin=PLAIN, headline=True),
@@ -331,7 +406,8 @@ ARMS = {
     )
 }
 FORMAT_ARMS = ("adamw", *map(after, FAMILY), *(arm.name for f in FAMILY for arm in with_stiffness(f)))
-# Of these the GPT of the table trains some.
+CARRY_ARMS = [carries(f, rule) for f in CARRYING for rule in CARRIES]
+# Of the formats' arms the GPT of the table trains some.
 GPT_ARMS = (ROWS, after("E2M5"), after("E4M3"), "adamw through E3M4", "adamw through E3M4, stiffness before")
 TABLE = [name for name in ARMS if name not in FORMAT_ARMS or name in ("adamw", *GPT_ARMS)]
 LINE = (

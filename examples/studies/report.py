@@ -7,7 +7,7 @@ from collections.abc import Callable
 import harness
 import numpy as np
 import training
-from arms import ARMS, FAMILY, FORMAT_ARMS, GPT_ARMS, LINE, TABLE, after
+from arms import ARMS, CARRIES, CARRY_ARMS, CARRYING, FAMILY, FORMAT_ARMS, GPT_ARMS, LINE, TABLE, after, carries, short
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
@@ -119,6 +119,18 @@ def gaps_table(results: Results, places: list[Place], to_twin: bool) -> str:
     return harness.table(["arm", *map(head, places)], [row for row in rows if any(row[1:])])
 
 
+def carries_table(results: Results, place: Place) -> str:
+    """Gaps of other rules for what the weights owe: to the float32 twin, and to the rule of `on_grid`."""
+    now, *others = CARRIES
+    rows = []
+    for rule in (now, *others):
+        arms = [(carries(f, rule), carries(f, now)) for f in CARRYING]
+        gaps = [results.written(place, arm, ARMS[arm].twin, digits=3) for arm, _ in arms]
+        rows.append([rule, *gaps, *(results.written(place, *pair, digits=3) for pair in arms)])
+    columns = [f"{short(f)}, to {to}" for to in ("its twin", "on_grid") for f in CARRYING]
+    return harness.table(["rule", *columns], rows)
+
+
 def plain(name: str) -> str:
     """AdamW without the stiffness of an arm."""
     return "adamw" if name in map(after, FAMILY) else ARMS[name].twin
@@ -192,7 +204,8 @@ def documentation(results: Results, roles: list[str]) -> dict[pathlib.Path, str]
     tables = {
         "line, to twins": gaps_table(results, sizes, True),
         "line, to AdamW": gaps_table(results, sizes, False),
-        "arms": arms_table(results, small, [name for name in TABLE if name not in GPT_ARMS], 3),
+        "arms": arms_table(results, small, [name for name in TABLE if name not in (*GPT_ARMS, *CARRY_ARMS)], 3),
+        "carries": carries_table(results, small),
         "settings": settings_table(results, small, roles, 3),
         "others, to twins": gaps_table(results, others, True),
         "others, to AdamW": gaps_table(results, others, False),
