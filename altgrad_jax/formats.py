@@ -20,8 +20,8 @@ class FloatFormat:
 
     Attributes:
         name: Name of the format; formats that differ only in name are different.
-        exponent_bits: An integer (else a TypeError) >= 0 (else a ValueError); at 0 the grid is uniform, and no
-            number of it is normal.
+        exponent_bits: An integer (else a TypeError) >= 0 (else a ValueError); at 0 no number is normal, and at
+            0 and 1 the grid is uniform: its numbers are evenly spaced.
         mantissa_bits: The same; at 0 all positive numbers are powers of two.
         bias: An integer; see `minexp`.
         max: The largest finite value; a ValueError if it is not a value of the format, or if a value is not a float64.

@@ -34,9 +34,11 @@ class Rule(NamedTuple):
 
 
 def weight_rule(format: FloatFormat, shrinkage: int = 1) -> Rule:
-    """For weights: full above half of the largest number, empty below a 16th, or a 7th if they shrink by one binade."""
-    # A format whose top binade has the smallest step is uniform, without bits to spare: seven eighths and a quarter.
-    uniform = format.maxexp - 1 <= format.minexp
+    """For weights: full above half of the largest number, empty below a 16th, or a 7th if they shrink by one binade.
+
+    A uniform format, whose numbers are evenly spaced, has no bits to spare: seven eighths and a quarter.
+    """
+    uniform = format.max == format.max_index * format.smallest_subnormal
     full = _eighths(format) - (1 if uniform else 8)
     return Rule(full, full - (14 if uniform or shrinkage == 1 else 24), 16, shrinkage, 1)
 

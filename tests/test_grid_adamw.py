@@ -104,6 +104,9 @@ class TestUniformFormats:
             (one, two), states = zip(*pairs, strict=True)
         chex.assert_trees_all_equal(one.index, two.index)
         chex.assert_trees_all_equal(one.exponent, two.exponent + 2)
+        momenta = [ag.from_grid(state.momentum) for state in states]
+        if b1:
+            chex.assert_trees_all_equal(*momenta)
         assert (one.exponent > start[0].exponent).any()
         assert (one.exponent < start[0].exponent).any()
 

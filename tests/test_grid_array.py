@@ -100,9 +100,9 @@ class TestStorage:
         ],
     )
     def test_scale_of_a_row_is_the_smallest_that_leaves_its_share(self, name, fraction_bits):
-        """Half of the largest number, rounded down to an eighth of its octave; if all steps are equal, an eighth less.
+        """Half of the largest number, which is first rounded down to an eighth of its octave.
 
-        So the limit is 7/8 of 1 in E0M7 and 7/8 of 4 in E1M6.
+        If all steps are equal, an eighth of the octave less than the largest number: 7/8 of 1 in E0M7, of 4 in E1M6.
         """
         numbers = oracle.table(name)
         largest, uniform = numbers[-1], np.ptp(np.diff(numbers)) == 0
@@ -129,6 +129,24 @@ class TestStorage:
         assert ((finer >= limit) | (scale == least)).all()
         assert (scale > least).all() or name == "E7M0"
         assert (amax / (scale * largest) < (1.0 if uniform else 0.5)).all()
+
+    @pytest.mark.parametrize(
+        ("fields", "scale"),
+        [
+            ((0, 3, 0, 7 / 8), 1.0),
+            ((1, 3, 7, 1.75 * 2.0**-6), 1.0),
+            ((4, 3, 7, 1.875 * 2.0**-6), 1.0),
+            ((2, 0, 1, 2.0), 1.0),
+            ((4, 3, 7, 1.125 * 2.0**-5), 2.0),
+            ((2, 0, 1, 4.0), 2.0),
+        ],
+    )
+    def test_scale_of_a_row_at_seven_tenths_of_the_largest_number(self, fields, scale):
+        """It fits if all steps are equal, in a format of any widths."""
+        format = ag.FloatFormat("users", *fields)
+        numbers = np.asarray(ag.value(jnp.arange(format.max_index + 1.0), format), np.float64)
+        assert (np.ptp(np.diff(numbers)) == 0) == (scale == 1)
+        np.testing.assert_array_equal(ag.to_grid(jnp.full((1, 8), 0.7 * format.max), format).scale, scale)
 
     def test_scale_of_bfloat16_is_one(self):
         np.testing.assert_array_equal(ag.to_grid(jnp.array([[1e-30], [1.0], [3e38]]), "bfloat16").scale, 1.0)

@@ -173,70 +173,82 @@ def four_bits(schedule, b1, b2, seed):
     )
 
 
-Keep = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Keep = Callable[..., jax.Array]  # of (key, owed, step, end)
 
 
-def carrying(format: str, keep: Keep, within: float = 1.0) -> Optimizer:
-    """Other rules for the momentum that carries the error of rounding; what is owed is kept in float32 here.
+def carrying(format: str, b1, seed, keep: Keep, within: float = 1.0, room: float = 0.0) -> optax.GradientTransformation:
+    """A momentum that carries the error of rounding, with another rule for what weights owe.
 
-    `keep` takes a key, what the weights owe, their steps, and the power of two beyond the largest number of their rows;
-    it gives what a byte would hold. Weights that owe at most `within` steps are rounded to nearest, others at random.
+    Emulated: weights and what they owe are float32, with the numbers that bytes would hold. Weights owe nothing at the
+    start, there is no bias correction, and the exponents of rows follow without a delay.
+
+    `keep` gives what is kept of what weights owe, from the steps of the grid at the weights and from the power of two
+    at which the grid of their row ends. A weight that owes at most `within` steps is rounded to nearest, others at
+    random. Rows have room for `room` times what is owed.
     """
 
-    def carry(b1, seed):
-        def init(params):
-            return jax.random.key(seed), jax.tree.map(jnp.zeros_like, params)
+    def init(params):
+        return jax.random.key(seed), jax.tree.map(jnp.zeros_like, params), scales(params, format)
 
-        def update(updates, state, params, *, grid_scale, **extra_args):
-            del extra_args  # Those of other transformations of the chain.
-            after, key = jax.random.split(state[0])
+    def update(updates, state, params):
+        following, key = jax.random.split(state[0])
 
-            def moved(path, u, owed, w, scale):
-                owed += u
-                move = (1 - b1) * owed
-                if not jnp.ndim(scale):
-                    return move, owed - move
-                step = scale * ag.spacing(w / scale, format)
-                near, keys = jnp.abs(owed) <= within * step, jax.random.split(jax.random.fold_in(key, hash_of(path)))
-                target = (w + jnp.where(near, owed, move)) / scale
-                stored = jnp.where(near, ag.round_nearest(target, format), ag.round_stochastic(keys[0], target, format))
-                step, beyond = scale * ag.spacing(stored, format), scale * 2.0 ** ag.as_format(format).maxexp
-                # A number of the grid: `on_grid` rounds nothing, except in a row whose exponent grows.
-                return scale * stored - w, keep(keys[1], owed - (scale * stored - w), step, beyond)
+        def moved(path, u, owed, w, scale):
+            owed += u
+            move = (1 - b1) * owed
+            if not jnp.ndim(scale):
+                return move, owed - move, scale
+            near = jnp.abs(owed) <= within * scale * ag.spacing(w / scale, format)
+            target = w + jnp.where(near, owed, move)
+            # A row above half of its largest number grows, one below a 16th shrinks.
+            fit = ag.power_of_two_scale(2 * jnp.maximum(jnp.abs(target), room * jnp.abs(owed - move)), format, -1)
+            scale = jnp.where((fit > scale) | (fit <= scale / 8), fit, scale)
+            rounding, keeping = jax.random.split(jax.random.fold_in(key, hash_of(path)))
+            target /= scale
+            number = jnp.where(near, ag.round_nearest(target, format), ag.round_stochastic(rounding, target, format))
+            change, step = scale * number - w, scale * ag.spacing(number, format)
+            return change, keep(keeping, owed - change, step, scale * 2.0 ** ag.as_format(format).maxexp), scale
 
-            pairs = jax.tree.map_with_path(moved, updates, state[1], params, grid_scale)
-            updates, owed = (
-                jax.tree.map(lambda pair, i=i: pair[i], pairs, is_leaf=lambda x: isinstance(x, tuple)) for i in (0, 1)
-            )
-            return updates, (after, owed)
+        results = jax.tree.map_with_path(moved, updates, state[1], params, state[2])
+        changes, owed, scale = unzipped(results, updates)
+        return changes, (following, owed, scale)
 
-        return optax.GradientTransformationExtraArgs(init, update)
-
-    return lambda schedule, b1, b2, seed: ag.on_grid(
-        optax.chain(normalized(schedule, b2, True), carry(b1, seed)), seed=seed
-    )
+    return optax.GradientTransformation(init, update)
 
 
-def in_units_of(unit: Callable[[jax.Array, jax.Array], jax.Array], format: str) -> Keep:
-    """In one byte: numbers of a format, in units that depend on the step and on the power of two beyond the row."""
+def numbers_of(format: str, unit: Callable[[jax.Array, jax.Array], jax.Array]) -> Keep:
+    """Keeps numbers of a format times a unit, a function of step and end."""
 
-    def keep(key, owed, step, beyond):
-        own = unit(step, beyond)
-        return own * ag.round_stochastic(key, owed / own, format)
+    def keep(key, owed, step, end):
+        size = unit(step, end)
+        return size * ag.round_stochastic(key, owed / size, format)
 
     return keep
 
 
-# E3M4 ends at 31, E0M7 below 1 with steps of a 128th.
-QUARTER_OF_RANGE = in_units_of(lambda step, beyond: beyond / 128, "E3M4")
+def unzipped(results: optax.Params, like: optax.Params) -> tuple:
+    """A tree of tuples as a tuple of trees."""
+    columns = zip(*jax.tree.structure(like).flatten_up_to(results), strict=True)
+    return tuple(jax.tree.unflatten(jax.tree.structure(like), column) for column in columns)
+
+
+# AltGrad's E3M4 ends at 31, here two binades below the weights, and its E0M7 has the numbers k / 128.
+ON_GRID = {"keep": numbers_of("E3M4", lambda step, end: end / 128), "room": 4.0}
 CARRIES = {
-    "owed as in on_grid": (QUARTER_OF_RANGE,),
-    "owed in float32": (lambda key, owed, step, beyond: owed,),
-    "owed in quarters of a step": (in_units_of(lambda step, beyond: 32 * step, "E0M7"),),
-    "owed in 16ths of a step": (in_units_of(lambda step, beyond: 8 * step, "E0M7"),),
-    "owed in steps, E3M4": (in_units_of(lambda step, beyond: step, "E3M4"),),
-    "nearest within a quarter": (QUARTER_OF_RANGE, 0.25),
+    "owed as in on_grid": ON_GRID,
+    "owed in float32": {"keep": lambda key, owed, step, end: owed},
+    "owed in quarters of a step": {"keep": numbers_of("E0M7", lambda step, end: 32 * step)},
+    "owed in 16ths of a step": {"keep": numbers_of("E0M7", lambda step, end: 8 * step)},
+    "owed in steps, E3M4": {"keep": numbers_of("E3M4", lambda step, end: step)},
+    "nearest within a quarter": ON_GRID | {"within": 0.25},
 }
+
+
+def carried(format: str, rule: str) -> Optimizer:
+    """The order of `ag.grid_adamw`, with another rule for what weights owe."""
+    return lambda schedule, b1, b2, seed: optax.chain(
+        normalized(schedule, b2, True), carrying(format, b1, seed, **CARRIES[rule])
+    )
 
 
 def hash_of(path) -> int:
@@ -281,10 +293,7 @@ def scale_by_apollo_mini(b1, b2, seed, period=200, growth=1.01):
             update *= jnp.minimum(1, limit / (norm(update) + EPS))
             return update, norm(update)
 
-        pairs = jax.tree.map(scaled, updates, small, moved, before)
-        updates, norms = (
-            jax.tree.map(lambda pair, i=i: pair[i], pairs, is_leaf=lambda x: isinstance(x, tuple)) for i in (0, 1)
-        )
+        updates, norms = unzipped(jax.tree.map(scaled, updates, small, moved, before), updates)
         return updates, (step + 1, inner, norms)
 
     return optax.GradientTransformation(init, update)
@@ -337,9 +346,9 @@ def short(format: str) -> str:
     return format.rpartition("_")[2]
 
 
-def carries(format: str, rule: str) -> str:
+def by_rule(format: str, rule: str) -> str:
     """The name of the arm with a format for weights and a rule for what they owe."""
-    return f"2 bytes {short(format)}, {rule}"
+    return f"{short(format)}, {rule}"
 
 
 def after(format: str) -> str:
@@ -382,11 +391,7 @@ ARMS = {
         *(Arm(f"1 byte {short(f)}", no_momentum, f, twin=PLAIN, headline=f == "float8_e3m4") for f in NARROW),
         Arm("1.5 bytes e3m4", four_bits, "float8_e3m4", twin=FACTORED),
         *(Arm(f"2 bytes {short(f)}", two_bytes, f, twin=FACTORED, headline=f == "float8_e3m4") for f in NARROW),
-        *(
-            Arm(carries(f, rule), carrying(f, *how), f, twin=FACTORED)
-            for f in CARRYING
-            for rule, how in CARRIES.items()
-        ),
+        *(Arm(by_rule(f, rule), carried(f, rule), twin=FACTORED) for f in CARRYING for rule in CARRIES),
         Arm("2 bytes, 16 bits e3m4", no_momentum, "float8_e3m4", 8, twin=PLAIN, headline=True),
         Arm("2 bytes, bfloat16", no_momentum, "bfloat16", twin=PLAIN, headline=True),
         Arm("2 bytes, APOLLO-Mini", stored(apollo_mini), "bfloat16", twin="apollo-mini", shift=1),
@@ -406,7 +411,7 @@ ARMS = {
     )
 }
 FORMAT_ARMS = ("adamw", *map(after, FAMILY), *(arm.name for f in FAMILY for arm in with_stiffness(f)))
-CARRY_ARMS = [carries(f, rule) for f in CARRYING for rule in CARRIES]
+CARRY_ARMS = [by_rule(f, rule) for f in CARRYING for rule in CARRIES]
 # Of the formats' arms the GPT of the table trains some.
 GPT_ARMS = (ROWS, after("E2M5"), after("E4M3"), "adamw through E3M4", "adamw through E3M4, stiffness before")
 TABLE = [name for name in ARMS if name not in FORMAT_ARMS or name in ("adamw", *GPT_ARMS)]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import harness
 import numpy as np
 import training
-from arms import ARMS, CARRIES, CARRY_ARMS, CARRYING, FAMILY, FORMAT_ARMS, GPT_ARMS, LINE, TABLE, after, carries, short
+from arms import ARMS, CARRIES, CARRY_ARMS, CARRYING, FAMILY, FORMAT_ARMS, GPT_ARMS, LINE, TABLE, after, by_rule, short
 from harness import gap
 from language import SIZES
 from matplotlib.figure import Figure
@@ -120,15 +120,17 @@ def gaps_table(results: Results, places: list[Place], to_twin: bool) -> str:
 
 
 def carries_table(results: Results, place: Place) -> str:
-    """Gaps of other rules for what the weights owe: to the float32 twin, and to the rule of `on_grid`."""
-    now, *others = CARRIES
+    """Of rules for what weights owe: gaps to the float32 twin, and to the first rule that is emulated."""
+    first = next(iter(CARRIES))
     rows = []
-    for rule in (now, *others):
-        arms = [(carries(f, rule), carries(f, now)) for f in CARRYING]
-        gaps = [results.written(place, arm, ARMS[arm].twin, digits=3) for arm, _ in arms]
-        rows.append([rule, *gaps, *(results.written(place, *pair, digits=3) for pair in arms)])
-    columns = [f"{short(f)}, to {to}" for to in ("its twin", "on_grid") for f in CARRYING]
-    return harness.table(["rule", *columns], rows)
+    for rule in ("on_grid", *CARRIES):
+        arms = [by_rule(f, rule) if rule in CARRIES else f"2 bytes {short(f)}" for f in CARRYING]
+        gaps = [results.written(place, arm, ARMS[arm].twin, digits=3) for arm in arms]
+        pairs = zip(arms, (by_rule(f, first) for f in CARRYING), strict=True)
+        others = [results.written(place, *pair, digits=3) for pair in pairs]
+        rows.append([rule, *gaps, *others])
+    columns = [f"{short(f)}, to {to}" for to in ("its twin", "the second row") for f in CARRYING]
+    return harness.table(["rule", *columns], [row for row in rows if any(row[1:])])
 
 
 def plain(name: str) -> str:
