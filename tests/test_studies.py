@@ -478,6 +478,23 @@ class TestVerdicts:
         mean, half = report.slope(found, found.only("digits"), report.STIFFENED["rounded forward, before"])
         assert abs(mean - 0.01) < half < 0.001
 
+    def test_of_rules_are_to_the_twin_and_to_the_emulated_rule(self, studies, tmp_path):
+        quality, report = studies["quality"], studies["report"]
+        store = studies["harness"].Store(tmp_path / "a.jsonl", quality.MEASURED)
+        same = {"task": "60k", "role": "evaluate", "device": "cpu", "jax": "0", **quality.DEFAULTS, "learning_rate": 1}
+        losses = {"factored": 1, "2 bytes e3m4": 1.02, "e3m4, owed as in on_grid": 1.03, "e3m4, owed in float32": 1}
+        losses |= {"e4m3fn, owed in float32": 1.1}
+        for arm, loss in losses.items():
+            for seed in range(2):
+                store.add(same | {"arm": arm, "seed": seed, "loss": loss + seed})
+        found = quality.Results(store)
+        rows = [line.strip("|").split("|") for line in report.carries_table(found, found.only("60k")).splitlines()[2:]]
+        assert [[cell.strip()[:6] for cell in row] for row in rows] == [
+            ["on_gri", "+0.020", "", "-0.010", ""],
+            ["owed a", "+0.030", "", "", ""],
+            ["owed i", "+0.000", "+0.100", "-0.030", ""],
+        ]
+
     def test_are_of_all_arms(self, studies, results):
         found = results(lambda f, column: 0)
         del found.runs[found.only("digits"), "evaluate", "adamw on E5M2, stiffness after"]
