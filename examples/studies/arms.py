@@ -114,9 +114,16 @@ def by_stiffness(format: str, where: str = "after") -> Optimizer:
 
 def scales(params: optax.Params, format: str) -> optax.Params:
     """Those of the rows that a grid would have; 1 for leaves that are not stored."""
-    stored = ag.to_grid(params, format)
-    is_stored = lambda leaf: isinstance(leaf, ag.GridArray)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.scale if is_stored(leaf) else 1.0, stored, is_leaf=is_stored)
+    return jax.tree.map(lambda x: x.scale if is_grid(x) else 1.0, ag.to_grid(params, format), is_leaf=is_grid)
+
+
+def is_stored(params: optax.Params) -> optax.Params:
+    """Which leaves `ag.to_grid` stores: neither biases nor gains."""
+    return jax.tree.map(is_grid, ag.to_grid(params), is_leaf=is_grid)
+
+
+def is_grid(leaf) -> bool:
+    return isinstance(leaf, ag.GridArray)
 
 
 # Weights on a grid
@@ -159,14 +166,14 @@ def four_bits(schedule, b1, b2, seed):
         key, momentum = jax.random.split(state[0])[0], state[1]
         moved = jax.tree.map(lambda m, u: b1 * m + (1 - b1) * u, momentum, updates)
 
-        def kept(path, m):
-            if m.ndim < 2 or "gain" in str(path[-1]):
+        def kept(path, m, stored):
+            if not stored:
                 return m
             scale = ag.power_of_two_scale(m, "float4_e2m1fn", -1)
             own = jax.random.fold_in(key, hash_of(path))
             return scale * ag.round_stochastic(own, m / scale, "float4_e2m1fn")
 
-        return moved, (jax.random.split(state[0])[1], jax.tree.map_with_path(kept, moved))
+        return moved, (jax.random.split(state[0])[1], jax.tree.map_with_path(kept, moved, is_stored(params)))
 
     return ag.on_grid(
         optax.chain(normalized(schedule, b2, True), optax.GradientTransformation(init, update)), seed=seed
@@ -320,8 +327,8 @@ def scale(schedule, b1, b2, seed):
         lambda g, _: g / jnp.maximum(jnp.sqrt(jnp.mean(g * g, axis=-2, keepdims=True)), EPS)
     )
 
-    def kind(path, p):
-        return "vector" if p.ndim < 2 or "gain" in str(path[-1]) else "head" if "head" in str(path[-1]) else "matrix"
+    def kind(path, stored):
+        return ("head" if "head" in str(path[-1]) else "matrix") if stored else "vector"
 
     parts = {
         "vector": optax.scale_by_adam(b1, b2, EPS),
@@ -329,7 +336,7 @@ def scale(schedule, b1, b2, seed):
         "matrix": columns,
     }
     return optax.chain(
-        optax.partition(parts, lambda params: jax.tree.map_with_path(kind, params)),
+        optax.partition(parts, lambda params: jax.tree.map_with_path(kind, is_stored(params))),
         optax.add_decayed_weights(WEIGHT_DECAY),
         optax.scale_by_learning_rate(schedule),
     )

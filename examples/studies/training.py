@@ -7,9 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from arms import Arm
-
-import altgrad_jax as ag
+from arms import Arm, is_stored
 
 HYPERPARAMETERS = ("learning_rate", "b1", "b2", "warm_up", "end", "spike", "seed")
 
@@ -31,8 +29,8 @@ class Task:
     def matrices(self) -> int:
         """How many numbers `ag.to_grid` stores: all except biases and gains."""
         params, _ = jax.eval_shape(self.start, jax.random.key(0), self.data())
-        leaves = jax.tree.leaves(ag.to_grid(params), is_leaf=lambda leaf: isinstance(leaf, ag.GridArray))
-        return sum(leaf.size for leaf in leaves if isinstance(leaf, ag.GridArray))
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(is_stored(params)), strict=True)
+        return sum(leaf.size for leaf, stored in pairs if stored)
 
 
 def trainer(task: Task, arm: Arm) -> Callable[..., jax.Array]:
