@@ -404,6 +404,23 @@ class TestCarries:
         assert set(np.unique(after - before).tolist()) <= {0.0, 1 / 16}
         assert abs(float(jnp.mean(after > before)) - share) <= 0.03
 
+    @pytest.mark.parametrize(
+        ("rule", "u", "scale"),
+        [
+            ("owed in float32", 2.0, 1 / 2),
+            ("owed in float32", 1.2, 1 / 4),
+            ("owed as in on_grid", 1.2, 1 / 2),
+            ("owed in float32", -1.5, 1 / 4),
+            ("owed in float32", -1.7, 1 / 32),
+        ],
+    )
+    def test_rows_grow_above_half_of_their_range_and_shrink_below_a_16th(self, stepped, rule, u, scale):
+        """Ones under a scale of 1/4, whose largest number is 3.9, take half of the update at once."""
+        ones = jnp.ones((4, 8))
+        ((*_, (_, _, before), (_, _, after)),) = stepped(rule, ones, [u * ones])
+        np.testing.assert_array_equal(before, 1 / 4)
+        np.testing.assert_array_equal(after, scale)
+
     def test_the_rule_of_on_grid_is_that_of_on_grid(self, studies):
         """From the same state, long after the first steps: weights and what they owe, in the mean of many seeds."""
         arms, format, b = studies["arms"], "float8_e3m4", 0.8
@@ -423,6 +440,8 @@ class TestCarries:
             return ag.from_grid(stored) + changes, owes
 
         one, other = (jax.jit(jax.vmap(f))(jnp.arange(1000)) for f in (of_library, emulated))
+        for kept in one[1], other[1]:
+            assert np.min(np.abs(kept / stored.scale), where=kept != 0, initial=np.inf) == 2.0**-9
         fixed = np.ptp(one[0], 0) == 0
         assert 0.2 < fixed.mean() < 0.8
         np.testing.assert_array_equal(one[0][0][fixed], other[0][0][fixed])
